@@ -1,0 +1,65 @@
+"""What stands on top of the tokens: projection heads and the head that predicts expression."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stalign.models._config import HeadsConfig, PredictionConfig
+
+
+class ProjectionHead(nn.Module):
+    """Tokens (n, T, width) → one embedding (n, out) in the space where the alignment is learned."""
+
+    def __init__(self, n_tokens: int, width: int, config: HeadsConfig) -> None:
+        super().__init__()
+        self.pool = config.pool
+        self.normalise = config.normalise
+        dim = n_tokens * width if config.pool == "flatten" else width
+        self.mlp: nn.Module = (
+            nn.Linear(dim, config.out)
+            if config.hidden is None
+            else nn.Sequential(nn.Linear(dim, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.out))
+        )
+        self.skip = nn.Linear(dim, config.out, bias=False) if config.skip else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map (n, T, width) to (n, out)."""
+        pooled = tokens.flatten(1) if self.pool == "flatten" else tokens.mean(dim=1)
+        projected = self.mlp(pooled)
+        if self.skip is not None:
+            projected = projected + self.skip(pooled)
+        return nn.functional.normalize(projected, dim=-1) if self.normalise else projected
+
+
+class GenePrediction(nn.Module):
+    """Expression from aligned embeddings.
+
+    Buffers, saved with the weights: ``gene_index`` (n_genes,), the predicted genes' places in the vocabulary;
+    ``mean`` and ``scale`` (n_genes,), location and spread of the training expression; ``sd`` (n_genes,), the spread of
+    the residuals on held-out slides.
+    """
+
+    gene_index: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+    sd: torch.Tensor
+
+    def __init__(self, dim: int, config: PredictionConfig) -> None:
+        super().__init__()
+        self.inputs = config.inputs
+        dim = dim * len(config.inputs)
+        self.net: nn.Module = (
+            nn.Linear(dim, config.n_genes)
+            if config.hidden is None
+            else nn.Sequential(nn.Linear(dim, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.n_genes))
+        )
+        self.register_buffer("gene_index", torch.arange(config.n_genes))
+        self.register_buffer("mean", torch.zeros(config.n_genes))
+        self.register_buffer("scale", torch.ones(config.n_genes))
+        self.register_buffer("sd", torch.zeros(config.n_genes))
+
+    def forward(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
+        """Map the embeddings named in ``inputs``, each (n, dim), to (n, n_genes)."""
+        features = torch.cat([nn.functional.normalize(embedding, dim=-1) for embedding in embeddings], dim=-1)
+        return self.mean + self.scale * self.net(features)
