@@ -1,0 +1,9 @@
+"""Preprocessing: niches, patches and gene names."""
+
+from __future__ import annotations
+
+from stalign.pp._genes import match_genes
+from stalign.pp._niches import extract_niches
+from stalign.pp._patches import get_patches
+
+__all__ = ["extract_niches", "get_patches", "match_genes"]
