@@ -1,0 +1,157 @@
+"""Fit the prediction head in closed form on the frozen aligned embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stalign._logging import logger
+from stalign.genes import normalise_log1p
+from stalign.models._config import PredictionConfig
+from stalign.models._network import STAlign
+from stalign.train._config import PredictionFitConfig
+from stalign.train._data import EncodedSection
+from stalign.train._evaluate import embed_section
+
+# A gene is worth predicting where at least this share of a section's spots expresses it …
+_MIN_DETECTED = 0.05
+# … in sections of at least this many patients, fewer where fewer patients have an image.
+_MIN_PATIENTS = 2
+
+
+class _Fitted(NamedTuple):
+    features: np.ndarray
+    expression: np.ndarray
+    measured: np.ndarray
+
+
+def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: PredictionFitConfig) -> STAlign:
+    """Return the model with a prediction head: ridge regression from its image embeddings to log-normalised expression.
+
+    Features and expression are centred within each section, so that what is learned is the variation over tissue and not
+    the difference between slides. Penalty and residual spread come from leaving out one section at a time. A gene a
+    section did not measure takes nothing from that section.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    sections
+        Training sections; those with an image are used.
+    config
+        Number of genes and penalties.
+    """
+    imaged = [section for section in sections if section.section.has_image]
+    gene_index = choose_genes(imaged, config.n_genes)
+    fitted = [_prepare(model, section, gene_index) for section in imaged]
+    penalty, spread = _choose_penalty(fitted, config.penalties)
+    weight = _ridge(fitted, penalty)
+    scale = np.sqrt(_pooled_mean([(f.expression - f.expression.mean(axis=0)) ** 2 for f in fitted], fitted))
+    scale[scale == 0] = 1.0
+    mean = _pooled_mean([f.expression for f in fitted], fitted)
+    centre = np.mean([f.features.mean(axis=0) for f in fitted], axis=0)
+    changes = {"prediction": PredictionConfig(n_genes=len(gene_index)).__dict__}
+    result = STAlign(model.config.updated(changes), genes=model.genes)
+    result.load_state_dict(model.state_dict(), strict=False)
+    head = result.prediction
+    if head is None:  # cannot happen: the config was just given one
+        raise ValueError("The model has no prediction head.")
+    with torch.no_grad():
+        head.net.weight.copy_(torch.from_numpy((weight / scale).T))
+        head.net.bias.copy_(torch.from_numpy(-(centre @ weight) / scale))
+        for name, values in {"gene_index": gene_index, "mean": mean, "scale": scale, "sd": spread}.items():
+            getattr(head, name).copy_(torch.from_numpy(values))
+    logger.info("Prediction head: %d genes, ridge penalty %g.", len(gene_index), penalty)
+    return result.eval()
+
+
+def choose_genes(sections: Sequence[EncodedSection], n_genes: int) -> np.ndarray:
+    """Return places in the vocabulary of the genes that vary most within sections, among those well detected.
+
+    Parameters
+    ----------
+    sections
+        Sections with an image.
+    n_genes
+        How many at most.
+    """
+    patients = sorted({section.section.patient for section in sections})
+    n_vocabulary = sections[0].section.counts.shape[1]
+    detected = np.zeros((len(patients), n_vocabulary), dtype=bool)
+    variance = np.zeros(n_vocabulary)
+    for encoded in sections:
+        expression = normalise_log1p(encoded.section.counts)
+        share = np.bincount(expression.indices, minlength=n_vocabulary) / len(encoded)
+        detected[patients.index(encoded.section.patient)] |= share >= _MIN_DETECTED
+        mean = np.asarray(expression.mean(axis=0)).ravel()
+        variance += np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
+    candidates = np.flatnonzero(detected.sum(axis=0) >= min(_MIN_PATIENTS, len(patients)))
+    best = candidates[np.argsort(-variance[candidates], kind="stable")][:n_genes]
+    return np.sort(best)
+
+
+def _prepare(model: STAlign, section: EncodedSection, gene_index: np.ndarray) -> _Fitted:
+    embedding = embed_section(model, section).image
+    if embedding is None:
+        raise ValueError(f"Section {section.section.name!r} has no image.")
+    expression = normalise_log1p(section.section.counts)[:, gene_index].toarray().astype(np.float64)
+    # The head gets the spot's and the niche's unit vectors side by side: √2 times the joined unit vector.
+    return _Fitted(
+        features=embedding.astype(np.float64) * np.sqrt(2),
+        expression=expression,
+        measured=expression.any(axis=0),
+    )
+
+
+def _pooled_mean(values: list[np.ndarray], fitted: Sequence[_Fitted]) -> np.ndarray:
+    """Mean of (n, genes) values over the spots of the sections that measured each gene."""
+    total = sum(v.sum(axis=0) for v in values)
+    n_spots = sum(len(v) * f.measured for v, f in zip(values, fitted, strict=True))
+    return np.divide(total, n_spots, out=np.zeros_like(total), where=n_spots > 0)
+
+
+def _moments(fitted: Sequence[_Fitted]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield X'X and X'Y of each section, centred."""
+    for section in fitted:
+        features = section.features - section.features.mean(axis=0)
+        yield features.T @ features, features.T @ (section.expression - section.expression.mean(axis=0))
+
+
+def _ridge(fitted: Sequence[_Fitted], penalty: float, *, leave_out: int | None = None) -> np.ndarray:
+    """Solve the ridge regression; (features, genes)."""
+    kept = [i for i in range(len(fitted)) if i != leave_out]
+    measured = np.array([fitted[i].measured for i in kept])
+    moments = list(_moments([fitted[i] for i in kept]))
+    n_features = fitted[0].features.shape[1]
+    weight = np.zeros((n_features, measured.shape[1]))
+    # Genes measured by the same sections share one system of equations.
+    patterns, member = np.unique(measured, axis=1, return_inverse=True)
+    for number, pattern in enumerate(patterns.T):
+        if not pattern.any():
+            continue
+        columns = np.flatnonzero(member.ravel() == number)
+        gram = sum(g for (g, _), used in zip(moments, pattern, strict=True) if used)
+        cross = sum(c[:, columns] for (_, c), used in zip(moments, pattern, strict=True) if used)
+        weight[:, columns] = np.linalg.solve(gram + penalty * np.eye(n_features), cross)
+    return weight
+
+
+def _choose_penalty(fitted: Sequence[_Fitted], penalties: Sequence[float]) -> tuple[float, np.ndarray]:
+    """Return the best penalty and each gene's residual spread, by leaving out one section at a time."""
+    best: tuple[float, float, np.ndarray] | None = None
+    for penalty in penalties:
+        squares: list[np.ndarray] = []
+        for left, section in enumerate(fitted):
+            # With a single section nothing can be left out: then the spread is that of the fit itself.
+            weight = _ridge(fitted, penalty, leave_out=left if len(fitted) > 1 else None)
+            centred = section.features - section.features.mean(axis=0)
+            squares.append((section.expression - section.expression.mean(axis=0) - centred @ weight) ** 2)
+        error = _pooled_mean(squares, fitted)
+        if best is None or error.mean() < best[0]:
+            best = (float(error.mean()), penalty, np.sqrt(error))
+    if best is None:
+        raise ValueError("penalties is empty.")
+    return best[1], best[2]
