@@ -1,0 +1,78 @@
+"""Loss curves of a pretraining run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOG = "training_log.csv"
+_TRAIN = "train/"
+_VALIDATION = "validation/"
+
+
+def training(path: str | Path, *, smooth: int = 5) -> np.ndarray:
+    """Plot the terms of the loss, and the retrieval on validation sections where there are any.
+
+    Parameters
+    ----------
+    path
+        A checkpoint folder written by :func:`stalign.train.pretrain`, or its ``training_log.csv``.
+    smooth
+        Logged steps in the running mean.
+
+    Returns
+    -------
+    Array of one :class:`~matplotlib.axes.Axes`, or two with a validation.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no training log.
+
+    Examples
+    --------
+    >>> import stalign as sta
+    >>> sta.pl.training("stalign-mini")  # doctest: +SKIP
+    """
+    import matplotlib.pyplot as plt
+
+    log = read_training_log(path)
+    terms = [column for column in log if column.startswith(_TRAIN)]
+    measured = [column for column in log if column.startswith(_VALIDATION)]
+    figure, axes = plt.subplots(1, 1 + bool(measured), figsize=(5.5 * (1 + bool(measured)), 4), squeeze=False)
+    _curves(axes[0, 0], log, terms, prefix=_TRAIN, smooth=smooth)
+    axes[0, 0].set(xlabel="step", ylabel="weighted loss", title="Training", yscale="log")
+    if measured:
+        _curves(axes[0, 1], log, measured, prefix=_VALIDATION, smooth=1)
+        axes[0, 1].axhline(0.05, color="0.6", linestyle=":", label="chance")
+        axes[0, 1].set(xlabel="step", ylabel="recall@5%", title="Image → gene retrieval, sections not trained on")
+        axes[0, 1].legend(frameon=False, fontsize="small")
+    figure.tight_layout()
+    return axes[0]
+
+
+def read_training_log(path: str | Path) -> pd.DataFrame:
+    """Read the log of a run; rows are steps, columns ``train/…`` and ``validation/…``."""
+    path = Path(path).expanduser()
+    file = path / LOG if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no training log {str(file)!r}. `stalign pretrain` writes {LOG!r} into the checkpoint folder."
+        )
+    return pd.read_csv(file)
+
+
+def _curves(axes: Axes, log: pd.DataFrame, columns: list[str], *, prefix: str, smooth: int) -> None:
+    for column in columns:
+        values = log.dropna(subset=column)
+        curve = values[column].rolling(smooth, min_periods=1).mean()
+        label = column.removeprefix(prefix).removesuffix("/recall_at_5_percent")
+        axes.plot(values["step"], curve, label=label, color="black" if label == "loss" else None)
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
