@@ -56,6 +56,12 @@ def _ortholog_pairs(orthologs: pd.DataFrame, hgnc: pd.DataFrame) -> list[tuple[s
     return sorted(pair for pair in pairs if pair[1] not in repeated)
 
 
+def _is_protein_coding(hgnc: pd.DataFrame) -> pd.Series:
+    """Protein-coding genes; the immunoglobulin and T-cell receptor genes, which HGNC lists apart, code for proteins, too."""
+    receptor = hgnc["symbol"].str.match(r"(IG[HKL]|TR[ABDG])[ACDEGJMV]") & (hgnc["locus_group"] == "other")
+    return (hgnc["locus_group"] == "protein-coding gene") | receptor
+
+
 def build_tables(hgnc_path: Path, orthologs_path: Path, folder: Path = DATA) -> None:
     """Write the compact HGNC and ortholog tables into ``folder``.
 
@@ -76,7 +82,7 @@ def build_tables(hgnc_path: Path, orthologs_path: Path, folder: Path = DATA) -> 
             hgnc["prev_symbol"],
             hgnc["alias_symbol"],
             hgnc["ensembl_gene_id"],
-            hgnc["locus_group"] == "protein-coding gene",
+            _is_protein_coding(hgnc),
             strict=True,
         )
     )

@@ -37,13 +37,14 @@ class GenePrediction(nn.Module):
 
     Buffers, saved with the weights: ``gene_index`` (n_genes,), the predicted genes' places in the vocabulary;
     ``mean`` and ``scale`` (n_genes,), location and spread of the training expression; ``sd`` (n_genes,), the spread of
-    the residuals on held-out slides.
+    the residuals on held-out slides; ``centre`` (dim · inputs,), the mean features of the training slides.
     """
 
     gene_index: torch.Tensor
     mean: torch.Tensor
     scale: torch.Tensor
     sd: torch.Tensor
+    centre: torch.Tensor
 
     def __init__(self, dim: int, config: PredictionConfig) -> None:
         super().__init__()
@@ -58,8 +59,17 @@ class GenePrediction(nn.Module):
         self.register_buffer("mean", torch.zeros(config.n_genes))
         self.register_buffer("scale", torch.ones(config.n_genes))
         self.register_buffer("sd", torch.zeros(config.n_genes))
+        self.register_buffer("centre", torch.zeros(dim))
 
-    def forward(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
-        """Map the embeddings named in ``inputs``, each (n, dim), to (n, n_genes)."""
-        features = torch.cat([nn.functional.normalize(embedding, dim=-1) for embedding in embeddings], dim=-1)
+    def features(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
+        """Join the embeddings named in ``inputs``, each (n, dim), scaled to unit norm."""
+        return torch.cat([nn.functional.normalize(embedding, dim=-1) for embedding in embeddings], dim=-1)
+
+    def forward(self, embeddings: list[torch.Tensor], *, centre: torch.Tensor | None = None) -> torch.Tensor:
+        """Map the embeddings named in ``inputs``, each (n, dim), to (n, n_genes).
+
+        ``centre`` is the mean of :meth:`features` over the slide, which takes out how slides differ as a whole; without
+        it that of the training slides stands in.
+        """
+        features = self.features(embeddings) - (self.centre if centre is None else centre)
         return self.mean + self.scale * self.net(features)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 import warnings
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -299,6 +300,14 @@ def test_empty(hexagonal):
         extract_niches(hexagonal[:0].copy(), **GEOMETRY)
     with pytest.raises(TypeError, match="DataFrame"):
         extract_niches(pd.DataFrame(), **GEOMETRY)
+
+
+def test_two_sections_in_one_library_are_refused(hexagonal, snapshot):
+    both = ad.concat([hexagonal, hexagonal], index_unique="-")
+    before = snapshot(both)
+    with pytest.raises(ValueError, match=r"81 of 162 spots.*several sections.*library_key"):
+        extract_niches(both, **GEOMETRY)
+    assert snapshot(both) == before
 
 
 def test_swapped_is_seen_from_the_image_alone(hexagonal):

@@ -10,7 +10,7 @@ import pytest
 from anndata import AnnData
 
 from stalign.pp import extract_niches
-from stalign.pp._grid import find_grid, shell_radius
+from stalign.slide._grid import find_grid, shell_radius
 
 GEOMETRY = {"n_neighbors": 18, "spot_um": 100.0, "niche_um": 400.0}
 

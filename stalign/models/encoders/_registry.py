@@ -115,6 +115,7 @@ IMAGE_ENCODERS: dict[str, EncoderEntry] = {
         licence="Owkin non-commercial licence",
     ),
     "timm": EncoderEntry("stalign.models.encoders._timm:TimmEncoder"),
+    "colour-cnn": EncoderEntry("stalign.models.encoders._colour_cnn:ColourCNN"),
 }
 
 GENE_ENCODERS: dict[str, EncoderEntry] = {
