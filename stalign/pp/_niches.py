@@ -19,11 +19,12 @@ from stalign._validate import (
     check_positive,
     get_coordinates,
     get_library_codes,
+    listing,
 )
-from stalign.pp._grid import Grid, find_grid, is_legacy_st, recorded_orientation, shell_radius
-from stalign.slide import Scale, derive_mpp, inside_fraction
+from stalign.slide import Scale, inside_fraction
+from stalign.slide._grid import Grid, find_grid, recorded_orientation, shell_radius
 from stalign.slide._library import PatchReader, niche_record, open_library_image, recorded_libraries
-from stalign.slide._scale import LEGACY_ST_PITCH_UM, LEGACY_ST_SPOT_UM, VISIUM_PITCH_UM, VISIUM_SPOT_UM
+from stalign.slide._section import section_scale
 from stalign.slide._source import PASSED_KEY, ImageSource, by_library, find_sources
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def extract_niches(
     libraries, members = [], []
     for code, name in enumerate(names):
         here = np.flatnonzero(codes == code)
-        part = _Part(name, adata.obs.iloc[here], coordinates[here], _scalefactors(adata, name), _technology(adata))
+        factors, technology = _scalefactors(adata, name), _technology(adata, name)
+        part = _Part(name, adata.obs.iloc[here], coordinates[here], factors, technology)
         libraries.append(_work_out(part, sources[name], scales.get(name), params))
         members.append(here)
     graph = _join([library.graph for library in libraries], members, adata.n_obs)
@@ -184,9 +186,13 @@ def _scalefactors(adata: AnnData, library: str) -> Mapping[str, Any]:
     return adata.uns.get(Key.uns.SPATIAL, {}).get(library, {}).get("scalefactors", {})
 
 
-def _technology(adata: AnnData) -> str:
-    metadata = adata.uns.get("metadata", {})
-    return str(metadata.get("technology", "")) if isinstance(metadata, Mapping) else ""
+def _technology(adata: AnnData, library: str) -> str:
+    """What the metadata of the library, or else of the whole object, says about the method."""
+    own = adata.uns.get(Key.uns.SPATIAL, {}).get(library, {}).get("metadata", {})
+    for metadata in (own, adata.uns.get("metadata", {})):
+        if isinstance(metadata, Mapping) and metadata.get("technology"):
+            return str(metadata["technology"])
+    return ""
 
 
 # --- one library -------------------------------------------------------------------------------------------------
@@ -194,13 +200,23 @@ def _technology(adata: AnnData) -> str:
 
 def _work_out(part: _Part, source: ImageSource, mpp: float | None, params: Mapping[str, Any]) -> _Library:
     grid = find_grid(part.obs, part.coordinates)
+    _check_one_section(part, grid)
     _check_orientation(part, grid)
     image = source.open()
     size_hw = (0, 0) if image is None else (image.height, image.width)
     image_mpp = None if image is None or image.mpp is None else image.mpp * source.scale
     if image is not None:
         image.close()
-    scale, pitch_um = _scale(part, grid, mpp, image_mpp, has_image=image is not None)
+    scale, pitch_um = section_scale(
+        part.obs,
+        grid,
+        part.scalefactors,
+        technology=part.technology,
+        user=mpp,
+        image_mpp=image_mpp,
+        has_image=image is not None,
+        library=part.name,
+    )
     in_image = np.full(len(part.coordinates), np.nan, dtype=np.float32)
     if image is not None:
         _check_extent(part, source, size_hw, params["spot_um"] / scale.mpp)
@@ -208,6 +224,20 @@ def _work_out(part: _Part, source: ImageSource, mpp: float | None, params: Mappi
         in_image = inside_fraction(size_hw, part.coordinates * source.scale, side)
     graph = _niche_graph(grid, params["n_neighbors"])
     return _Library(part.name, source, grid, scale, pitch_um, size_hw, in_image, graph)
+
+
+def _check_one_section(part: _Part, grid: Grid) -> None:
+    """Refuse an array whose places are taken twice: sections that were concatenated without saying which is which."""
+    if not grid.from_array:
+        return
+    n_places = len(np.unique(np.rint(grid.positions * 1000).astype(np.int64), axis=0))
+    n_doubled = len(grid.positions) - n_places
+    if n_doubled > _OUTSIDE_TOLERANCE * len(grid.positions):
+        raise ValueError(
+            f"{n_doubled} of {len(grid.positions)} spots of library {part.name!r} share their place in the array "
+            "(`array_row`, `array_col`) with another: these look like several sections. Pass `library_key=...`, the "
+            f"column of `adata.obs` that names each spot's library. Available: {listing(part.obs.columns)}."
+        )
 
 
 def _check_orientation(part: _Part, grid: Grid) -> None:
@@ -223,48 +253,6 @@ def _check_orientation(part: _Part, grid: Grid) -> None:
             "along x. Coordinates must be (x, y) = (column, row): use `adata.obsm['spatial'][:, ::-1]`. If the image "
             "was transposed on purpose, drop `obs['array_row']` and pass `mpp=...`."
         )
-
-
-def _scale(
-    part: _Part, grid: Grid, mpp: float | None, image_mpp: float | None, *, has_image: bool
-) -> tuple[Scale, float]:
-    """Return the physical scale and the pitch in µm (NaN where unknown)."""
-    factors = part.scalefactors
-    pitch_um, spot_um = _nominal(part, grid)
-    known: dict[str, Any] = {
-        "user": None if mpp is None else check_positive(f"mpp of library {part.name!r}", mpp),
-        "pitch_um": pitch_um,
-        "pitch_px": grid.pitch_px,
-        "microns_per_pixel": _positive_or_none(factors.get("microns_per_pixel")),
-        "image_mpp": image_mpp,
-        "spot_diameter_px": _positive_or_none(factors.get("spot_diameter_fullres")),
-        "spot_diameter_um": spot_um,
-    }
-    pairs = (("pitch_um",), ("spot_diameter_px", "spot_diameter_um"), ("user",), ("microns_per_pixel",), ("image_mpp",))
-    if not has_image and not any(all(known[key] is not None for key in pair) for pair in pairs):
-        return Scale(float("nan"), "none"), float("nan")
-    scale = derive_mpp(**known, library=part.name)
-    return scale, pitch_um if pitch_um is not None else grid.pitch_px * scale.mpp
-
-
-def _nominal(part: _Part, grid: Grid) -> tuple[float | None, float | None]:
-    """Return the pitch and the spot diameter in µm that the array is known to have."""
-    bin_um = _positive_or_none(part.scalefactors.get("bin_size_um"))
-    if grid.kind == "square":
-        if bin_um is not None:
-            return bin_um, bin_um
-        if grid.from_array and is_legacy_st(part.obs, part.technology):
-            return LEGACY_ST_PITCH_UM, LEGACY_ST_SPOT_UM
-        return None, None
-    if grid.kind == "hexagonal" and grid.from_array:
-        return VISIUM_PITCH_UM, VISIUM_SPOT_UM
-    return None, VISIUM_SPOT_UM
-
-
-def _positive_or_none(value: Any) -> float | None:
-    """Return a scale factor that is there and makes sense."""
-    is_number = isinstance(value, (int, float, np.number)) and np.isfinite(value) and value > 0
-    return float(value) if is_number else None
 
 
 def _check_extent(part: _Part, source: ImageSource, size_hw: tuple[int, int], spot_px: float) -> None:

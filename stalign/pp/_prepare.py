@@ -64,7 +64,8 @@ def prepare_section(
     mpp
         µm per full-resolution pixel, where nothing in the file states it.
     """
-    from stalign.genes import aggregate, check_counts, match_names, row_normalise
+    from stalign.genes import aggregate, check_counts, row_normalise
+    from stalign.pp._genes import resolve_genes
     from stalign.pp._niches import extract_niches
     from stalign.slide._library import PatchReader
     from stalign.train import Section
@@ -75,7 +76,7 @@ def prepare_section(
         work, mpp=mpp, n_neighbors=geometry.n_neighbors, spot_um=geometry.spot_um, niche_um=geometry.niche_um
     )
     check_counts(work.X, name=f"X of {name}")
-    counts = aggregate(work.X, match_names(work.var_names, genes))
+    counts = aggregate(work.X, resolve_genes(work, genes))
     patient = str(work.obs["patient"].iloc[0]) if "patient" in work.obs else name
     images = {}
     with PatchReader(work) as reader:

@@ -23,7 +23,7 @@ MAX_PIXELS = 2**31
 """Largest picture that is decoded as a whole; larger ones must be tiled."""
 
 _TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".scn", ".qptiff", ".bif", ".lsm")
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp")
 _MIN_SIDE = 128
 _BACKGROUND_SAMPLE = 1_000_000
 _THUMBNAIL_READ = 400_000_000
@@ -324,7 +324,7 @@ def _open_path(path: Path, max_pixels: int) -> SlideImage:
     if path.is_dir():
         return _open_zarr(path)
     suffix = path.suffix.lower()
-    if suffix in _PICTURE_SUFFIXES:
+    if suffix in PICTURE_SUFFIXES:
         return _open_picture(path, max_pixels)
     if suffix in _TIFF_SUFFIXES or _looks_like_tiff(path):
         from stalign.slide._tiff import TiffImage
@@ -332,7 +332,7 @@ def _open_path(path: Path, max_pixels: int) -> SlideImage:
         return TiffImage(path, max_pixels=max_pixels)
     raise ValueError(
         f"'{path.name}' is none of the formats that can be read: TIFF ({', '.join(_TIFF_SUFFIXES)}), zarr, "
-        f"{', '.join(_PICTURE_SUFFIXES)}. Convert it to a tiled TIFF."
+        f"{', '.join(PICTURE_SUFFIXES)}. Convert it to a tiled TIFF."
     )
 
 
@@ -345,7 +345,7 @@ def _open_picture(path: Path, max_pixels: int) -> ArrayImage:
     from PIL import Image
 
     # Pillow's own limit is a guess at an attack; ours is an argument.
-    width, height = _picture_size(path)
+    width, height = picture_size(path)
     check_whole(path, height, width, max_pixels)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -358,7 +358,8 @@ def _open_picture(path: Path, max_pixels: int) -> ArrayImage:
     return ArrayImage(array)
 
 
-def _picture_size(path: Path) -> tuple[int, int]:
+def picture_size(path: Path) -> tuple[int, int]:
+    """Return width and height of a PNG or JPEG; only its header is read."""
     from PIL import Image, UnidentifiedImageError
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

@@ -54,6 +54,7 @@ class TiffImage(SlideImage):
             self._pages = _pyramid(self._file)
             for page in self._pages:
                 _check_page(page, self.path)
+                _check_complete(page, self.path)
                 if len(page.dataoffsets) == page.samplesperpixel or len(page.dataoffsets) == 1:
                     check_whole(self.path, page.imagelength, page.imagewidth, max_pixels)
             self.height, self.width = self._pages[0].imagelength, self._pages[0].imagewidth
@@ -189,6 +190,17 @@ def _check_page(page: Any, path: Path) -> None:
         raise ValueError(f"'{path.name}' stores indices into a palette. Save it as RGB.")
     if page.samplesperpixel not in (1, 3, 4):
         raise ValueError(f"'{path.name}' has {page.samplesperpixel} channels; expected 1 (grey), 3 (RGB) or 4 (RGBA).")
+
+
+def _check_complete(page: Any, path: Path) -> None:
+    """Refuse a file that ends before its pixels do, which an interrupted download leaves behind."""
+    ends = np.asarray(page.dataoffsets, dtype=np.int64) + np.asarray(page.databytecounts, dtype=np.int64)
+    size = path.stat().st_size
+    if len(ends) and ends.max() > size:
+        raise ValueError(
+            f"'{path.name}' ends after {size} bytes, but its pixels reach to byte {int(ends.max())}: the file is not "
+            "complete. Fetch or export it again."
+        )
 
 
 def _metadata_mpp(file: Any, page: Any) -> float | None:

@@ -151,10 +151,13 @@ class OptimiserConfig:
 
 @dataclass(frozen=True)
 class PredictionFitConfig:
-    """The prediction head: how many genes, and the ridge penalties tried by leave-one-section-out."""
+    """The prediction head: how many genes, and the ridge penalties tried by leave-one-section-out.
+
+    A penalty is in units of the features' mean variance.
+    """
 
     n_genes: int = 3000
-    penalties: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0, 1000.0])
+    penalties: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
 
     def __post_init__(self) -> None:
         check_positive("n_genes", self.n_genes, integer=True)

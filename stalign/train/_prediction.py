@@ -32,8 +32,8 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
     """Return the model with a prediction head: ridge regression from its image embeddings to log-normalised expression.
 
     Features and expression are centred within each section, so that what is learned is the variation over tissue and not
-    the difference between slides. Penalty and residual spread come from leaving out one section at a time. A gene a
-    section did not measure takes nothing from that section.
+    the difference between slides; each section counts alike, however many spots it has. Penalty and residual spread come
+    from leaving out one section at a time. A gene a section did not measure takes nothing from that section.
 
     Parameters
     ----------
@@ -61,8 +61,9 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
         raise ValueError("The model has no prediction head.")
     with torch.no_grad():
         head.net.weight.copy_(torch.from_numpy((weight / scale).T))
-        head.net.bias.copy_(torch.from_numpy(-(centre @ weight) / scale))
-        for name, values in {"gene_index": gene_index, "mean": mean, "scale": scale, "sd": spread}.items():
+        head.net.bias.zero_()
+        values_by_name = {"gene_index": gene_index, "mean": mean, "scale": scale, "sd": spread, "centre": centre}
+        for name, values in values_by_name.items():
             getattr(head, name).copy_(torch.from_numpy(values))
     logger.info("Prediction head: %d genes, ridge penalty %g.", len(gene_index), penalty)
     return result.eval()
@@ -107,21 +108,21 @@ def _prepare(model: STAlign, section: EncodedSection, gene_index: np.ndarray) ->
 
 
 def _pooled_mean(values: list[np.ndarray], fitted: Sequence[_Fitted]) -> np.ndarray:
-    """Mean of (n, genes) values over the spots of the sections that measured each gene."""
-    total = sum(v.sum(axis=0) for v in values)
-    n_spots = sum(len(v) * f.measured for v, f in zip(values, fitted, strict=True))
-    return np.divide(total, n_spots, out=np.zeros_like(total), where=n_spots > 0)
+    """Mean of (n, genes) values over the sections that measured each gene, each section counting alike."""
+    total = sum(v.mean(axis=0) * f.measured for v, f in zip(values, fitted, strict=True))
+    n_sections = sum(f.measured.astype(np.float64) for f in fitted)
+    return np.divide(total, n_sections, out=np.zeros_like(total), where=n_sections > 0)
 
 
 def _moments(fitted: Sequence[_Fitted]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield X'X and X'Y of each section, centred."""
+    """Yield X'X / n and X'Y / n of each section, centred."""
     for section in fitted:
-        features = section.features - section.features.mean(axis=0)
-        yield features.T @ features, features.T @ (section.expression - section.expression.mean(axis=0))
+        features, n = section.features - section.features.mean(axis=0), len(section.features)
+        yield features.T @ features / n, features.T @ (section.expression - section.expression.mean(axis=0)) / n
 
 
 def _ridge(fitted: Sequence[_Fitted], penalty: float, *, leave_out: int | None = None) -> np.ndarray:
-    """Solve the ridge regression; (features, genes)."""
+    """Solve the ridge regression; (features, genes). The penalty is in units of the features' mean variance."""
     kept = [i for i in range(len(fitted)) if i != leave_out]
     measured = np.array([fitted[i].measured for i in kept])
     moments = list(_moments([fitted[i] for i in kept]))
@@ -135,7 +136,8 @@ def _ridge(fitted: Sequence[_Fitted], penalty: float, *, leave_out: int | None =
         columns = np.flatnonzero(member.ravel() == number)
         gram = sum(g for (g, _), used in zip(moments, pattern, strict=True) if used)
         cross = sum(c[:, columns] for (_, c), used in zip(moments, pattern, strict=True) if used)
-        weight[:, columns] = np.linalg.solve(gram + penalty * np.eye(n_features), cross)
+        strength = penalty * np.trace(gram) / n_features
+        weight[:, columns] = np.linalg.solve(gram + max(strength, 1e-12) * np.eye(n_features), cross)
     return weight
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def encode_section(model: STAlign, section: Section, *, n_clusters: int, seed: i
     """Run everything that is frozen over a section, once: gene profiles and initial clusters."""
     spot, niche = model.preprocess_genes(section.counts, connectivities=section.connectivities)
     return EncodedSection(
-        section=section,
+        section=section if model.config.colour == "library" else replace(section, colour=None),
         spot_gene=torch.from_numpy(spot),
         niche_gene=torch.from_numpy(niche),
         clusters=torch.from_numpy(initial_clusters(niche, n_clusters, seed=seed)),
