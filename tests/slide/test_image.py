@@ -167,6 +167,15 @@ def test_thumbnail(tmp_path, pixels):
         assert image.thumbnail(300)[0].shape == (225, 300, 3)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_tiff(tmp_path, pixels, share):
+    file = tmp_path / "cut.tif"
+    tifffile.imwrite(file, pixels, tile=(64, 64), photometric="rgb")
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"'cut\.tif' .*complete"):
+        open_image(file)
+
+
 def test_refusals(tmp_path, pixels):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.tif"):
         open_image(tmp_path / "nowhere.tif")
