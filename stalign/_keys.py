@@ -61,3 +61,8 @@ class Key:
     def embedding(part: str, key_added: str = "X_stalign") -> str:
         """``obsm`` name of one output of :func:`stalign.tl.embed`; ``"fused"`` has no suffix."""
         return key_added if part == "fused" else f"{key_added}_{part}"
+
+    @staticmethod
+    def embed_record(key_added: str = "X_stalign") -> str:
+        """Name in ``uns["stalign"]`` of what is recorded about an embedding; each ``key_added`` has its own."""
+        return "embed" if key_added == "X_stalign" else f"embed_{key_added}"

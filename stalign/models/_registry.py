@@ -50,7 +50,9 @@ def _published() -> ModelConfig:
 def _mini() -> ModelConfig:
     """The same four branches for slides read on a laptop; the bundled ``stalign-mini`` is trained from it."""
     image = BranchConfig(
-        "timm", {"model": "resnet10t", "model_args": {"channels": [24, 48, 96, 128], "stem_width": 12}}, TokenConfig("linear")
+        "colour-cnn",
+        {"model": "resnet10t", "model_args": {"channels": [24, 48, 96, 128], "stem_width": 12}},
+        TokenConfig("linear"),
     )
     gene = BranchConfig("slide-profile", {"dim": 256}, TokenConfig("linear"))
     return ModelConfig(
