@@ -99,7 +99,7 @@ def get_coordinates(adata: AnnData, spatial_key: str = Key.obsm.SPATIAL) -> np.n
         adata.obsm,
         spatial_key,
         where="adata.obsm",
-        hint="It must hold (x, y) = (column, row) in full-resolution pixels; pass `spatial_key=...` if it has another name.",
+        hint="It must hold (x, y) = (column, row) in full-resolution pixels; `spatial_key=...` if it has another name.",
     )
     coordinates = np.asarray(values, dtype=np.float64)
     if coordinates.ndim != 2 or coordinates.shape[1] != 2:
@@ -126,8 +126,8 @@ def get_library_codes(adata: AnnData, library_key: str | None) -> tuple[np.ndarr
         names = list(adata.uns.get(Key.uns.SPATIAL, {}))
         if len(names) > 1:
             raise ValueError(
-                f"`adata.uns['spatial']` has {len(names)} libraries: {listing(names)}. Pass `library_key=...`, the column "
-                f"of `adata.obs` that names each spot's library. Available: {listing(adata.obs.columns)}."
+                f"`adata.uns['spatial']` has {len(names)} libraries: {listing(names)}. Pass `library_key=...`, the "
+                f"column of `adata.obs` that names each spot's library. Available: {listing(adata.obs.columns)}."
             )
         return np.zeros(adata.n_obs, dtype=np.intp), [str(names[0]) if names else "library"]
     column = require_key(adata.obs, library_key, where="adata.obs", hint="It must name the library of each spot.")

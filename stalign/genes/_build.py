@@ -57,7 +57,7 @@ def _ortholog_pairs(orthologs: pd.DataFrame, hgnc: pd.DataFrame) -> list[tuple[s
 
 
 def _is_protein_coding(hgnc: pd.DataFrame) -> pd.Series:
-    """Protein-coding genes; the immunoglobulin and T-cell receptor genes, which HGNC lists apart, code for proteins, too."""
+    """Protein-coding genes, with those of immunoglobulins and T-cell receptors, which HGNC lists apart."""
     receptor = hgnc["symbol"].str.match(r"(IG[HKL]|TR[ABDG])[ACDEGJMV]") & (hgnc["locus_group"] == "other")
     return (hgnc["locus_group"] == "protein-coding gene") | receptor
 

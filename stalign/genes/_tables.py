@@ -102,7 +102,7 @@ def hgnc() -> Hgnc:
 
 
 def protein_coding_genes() -> tuple[str, ...]:
-    """Return the approved symbols of all protein-coding genes of HGNC, immunoglobulins and T-cell receptors included."""
+    """Return the approved symbols of all protein-coding genes of HGNC, those of lymphocyte receptors included."""
     return tuple(hgnc().protein_coding)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def prepare_section(
     check_counts(work.X, name=f"X of {name}")
     counts = aggregate(work.X, resolve_genes(work, genes))
     patient = str(work.obs["patient"].iloc[0]) if "patient" in work.obs else name
-    images = {}
+    images: dict[str, Any] = {}
     with PatchReader(work) as reader:
         if reader.has_image.all():
             everything = np.arange(work.n_obs)

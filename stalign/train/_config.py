@@ -54,8 +54,8 @@ class DataConfig:
             matches = sorted(Path(self.root).expanduser().glob(pattern))
             if not matches:
                 raise FileNotFoundError(
-                    f"data.{role}: no file matches {pattern!r} under {self.root!r}. Set `data.root` to the folder with the "
-                    "sections, e.g. `--set data.root=PATH`."
+                    f"data.{role}: no file matches {pattern!r} under {self.root!r}. Set `data.root` to the folder "
+                    "with the sections, e.g. `--set data.root=PATH`."
                 )
             found.update(dict.fromkeys(matches))
         return list(found)
@@ -80,9 +80,10 @@ class NetworkConfig:
 class ObjectiveConfig:
     """The loss: α and β of the paper, temperature, negatives, and what is added to the three alignments.
 
-    ``symmetric`` averages both directions of a contrast. ``structure`` weighs :func:`~stalign.train.losses.structure_loss`
-    on the fused embeddings; ``rotated`` adds, with that share of its weight, the same loss on profiles turned by a random
-    rotation with no image, so that geometry is kept for genes that no training tissue expresses, too.
+    ``symmetric`` averages both directions of a contrast. ``structure`` weighs
+    :func:`~stalign.train.losses.structure_loss` on the fused embeddings; ``rotated`` adds, with that share of its
+    weight, the same loss on profiles turned by a random rotation with no image, so that geometry is kept for genes that
+    no training tissue expresses, too.
     """
 
     alpha: float = 0.3

@@ -74,7 +74,7 @@ class EncodedSection:
 
 
 class Batch(NamedTuple):
-    """Spots of one slide; what is absent, or left out on purpose, is ``None``. ``profile`` is the niche's, without noise."""
+    """Spots of one slide; what is absent or left out is ``None``. ``profile`` is the niches', without noise."""
 
     library: str
     profile: torch.Tensor

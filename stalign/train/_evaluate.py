@@ -36,7 +36,9 @@ def embed_section(model: STAlign, encoded: EncodedSection, *, batch_size: int = 
                 if joined is not None:
                     parts.append(joined.cpu().numpy())
     model.train(was_training)
-    return SectionEmbedding(image=np.concatenate(images) if images else None, gene=np.concatenate(genes) if genes else None)
+    return SectionEmbedding(
+        image=np.concatenate(images) if images else None, gene=np.concatenate(genes) if genes else None
+    )
 
 
 def recall_at(query: np.ndarray, key: np.ndarray, *, share: float) -> float:

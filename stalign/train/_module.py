@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lightning as L
+import lightning
 import torch
-
 
 from stalign.models._network import STAlign, STAlignOutput
 from stalign.train._config import ObjectiveConfig, OptimiserConfig
@@ -18,7 +17,10 @@ from stalign.train.losses import masked_info_nce, negative_mask, structure_loss
 def schedule(step: int, config: OptimiserConfig) -> tuple[float, float]:
     """Return learning rate and weight decay of a step: linear warm-up then cosine, and a cosine from low to high."""
     progress = min(step / max(config.steps, 1), 1.0)
-    decay = config.weight_decay_end + (config.weight_decay - config.weight_decay_end) * (1 + math.cos(math.pi * progress)) / 2
+    decay = (
+        config.weight_decay_end
+        + (config.weight_decay - config.weight_decay_end) * (1 + math.cos(math.pi * progress)) / 2
+    )
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup, decay
     after = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -30,7 +32,7 @@ def random_rotation(dim: int, generator: torch.Generator) -> torch.Tensor:
     return torch.linalg.qr(torch.randn((dim, dim), generator=generator))[0]
 
 
-class Alignment(L.LightningModule):
+class Alignment(lightning.LightningModule):
     """The three alignments of arXiv 2411.16793, plus the optional structure term.
 
     Parameters
@@ -82,8 +84,8 @@ class Alignment(L.LightningModule):
         if not torch.isfinite(loss):
             values = {name: float(term) for name, term in terms.items()}
             raise FloatingPointError(
-                f"The loss is {float(loss)} at step {self.global_step}, on a batch of library {batch.library!r}: {values}. "
-                "Lower `optimiser.lr`, or look at that section."
+                f"The loss is {float(loss)} at step {self.global_step}, on a batch of library {batch.library!r}: "
+                f"{values}. Lower `optimiser.lr`, or look at that section."
             )
         self.log_dict({f"train/{name}": term for name, term in terms.items()}, batch_size=len(batch.clusters))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.clusters))
@@ -155,4 +157,3 @@ class Alignment(L.LightningModule):
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
-

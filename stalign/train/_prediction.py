@@ -31,9 +31,9 @@ class _Fitted(NamedTuple):
 def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: PredictionFitConfig) -> STAlign:
     """Return the model with a prediction head: ridge regression from its image embeddings to log-normalised expression.
 
-    Features and expression are centred within each section, so that what is learned is the variation over tissue and not
-    the difference between slides; each section counts alike, however many spots it has. Penalty and residual spread come
-    from leaving out one section at a time. A gene a section did not measure takes nothing from that section.
+    Features and expression are centred within each section, so that what is learned is the variation over tissue and
+    not the difference between slides; each section counts alike, however many spots it has. Penalty and residual spread
+    come from leaving out one section at a time. A gene a section did not measure takes nothing from that section.
 
     Parameters
     ----------
@@ -55,16 +55,17 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
     centre = np.mean([f.features.mean(axis=0) for f in fitted], axis=0)
     changes = {"prediction": PredictionConfig(n_genes=len(gene_index)).__dict__}
     result = STAlign(model.config.updated(changes), genes=model.genes)
-    result.load_state_dict(model.state_dict(), strict=False)
-    head = result.prediction
-    if head is None:  # cannot happen: the config was just given one
-        raise ValueError("The model has no prediction head.")
-    with torch.no_grad():
-        head.net.weight.copy_(torch.from_numpy((weight / scale).T))
-        head.net.bias.zero_()
-        values_by_name = {"gene_index": gene_index, "mean": mean, "scale": scale, "sd": spread, "centre": centre}
-        for name, values in values_by_name.items():
-            getattr(head, name).copy_(torch.from_numpy(values))
+    values = {
+        "net.weight": (weight / scale).T,
+        "net.bias": np.zeros(len(gene_index)),
+        "gene_index": gene_index,
+        "mean": mean,
+        "scale": scale,
+        "sd": spread,
+        "centre": centre,
+    }
+    head = {f"prediction.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
+    result.load_state_dict({**model.state_dict(), **head})
     logger.info("Prediction head: %d genes, ridge penalty %g.", len(gene_index), penalty)
     return result.eval()
 
@@ -103,7 +104,7 @@ def _prepare(model: STAlign, section: EncodedSection, gene_index: np.ndarray) ->
     return _Fitted(
         features=embedding.astype(np.float64) * np.sqrt(2),
         expression=expression,
-        measured=expression.any(axis=0),
+        measured=np.asarray(expression.any(axis=0)),
     )
 
 

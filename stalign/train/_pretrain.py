@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from stalign._logging import logger
 from stalign._settings import settings
+from stalign.models._checkpoint import ModelCard
 from stalign.models._network import STAlign
 from stalign.models._registry import config as model_config
 from stalign.train._config import PretrainConfig
 from stalign.train._data import Batches, EncodedSection, Section, initial_clusters
 from stalign.train._prediction import fit_prediction
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 LOG = "training_log.csv"
 CONFIG = "training_config.json"
@@ -103,17 +107,27 @@ def pretrain(
         trainer.fit(
             module,
             DataLoader(batches, batch_size=None, collate_fn=_same),
-            DataLoader(range(len(held_out)), batch_size=None, collate_fn=_same) if held_out else None,
+            DataLoader(list(range(len(held_out))), batch_size=None, collate_fn=_same)  # type: ignore[arg-type]
+            if held_out
+            else None,
         )
         model = fit_prediction(module.model.cpu().eval(), encoded, config.prediction)
         model.save(out, dtype=config.network.dtype, card=_card(config, sections), overwrite=True)
         _replace(Path(trainer.logger.log_dir) / "metrics.csv", out / LOG)
-    _write_text(out / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+    _write_text(out / CONFIG, json.dumps(_recipe(config), indent=2) + "\n")
     logger.info("Wrote %s.", out)
     return out
 
 
-def _import_lightning():  # noqa: ANN202
+def _recipe(config: PretrainConfig) -> dict[str, Any]:
+    """Return the config without the places of one machine, which are not part of how a model was made."""
+    recipe = config.to_dict()
+    recipe["out"] = Path(config.out).name
+    recipe["data"]["root"] = "."
+    return recipe
+
+
+def _import_lightning() -> ModuleType:
     try:
         import lightning
     except ImportError as error:
@@ -121,7 +135,7 @@ def _import_lightning():  # noqa: ANN202
     return lightning
 
 
-def _trainer(lightning, config: PretrainConfig, logs: str, *, has_validation: bool):  # noqa: ANN001, ANN202
+def _trainer(lightning: ModuleType, config: PretrainConfig, logs: str, *, has_validation: bool) -> Trainer:
     from lightning.pytorch.loggers import CSVLogger
 
     return lightning.Trainer(
@@ -141,20 +155,19 @@ def _trainer(lightning, config: PretrainConfig, logs: str, *, has_validation: bo
     )
 
 
-def _same(item):  # noqa: ANN001, ANN202
+def _same(item: Any) -> Any:
     """Batches come complete: nothing is left to collate."""
     return item
 
 
-def _card(config: PretrainConfig, sections: Sequence[Section]):  # noqa: ANN202
-    from stalign.models._checkpoint import ModelCard
-
+def _card(config: PretrainConfig, sections: Sequence[Section]) -> ModelCard:
     with_image = [s.name for s in sections if s.has_image]
     without = [s.name for s in sections if not s.has_image]
     n_pairs = sum(len(s) for s in sections if s.has_image)
     run = (
         f"Trained by `stalign pretrain` on {len(sections)} sections of {len({s.patient for s in sections})} patients; "
-        f"{n_pairs:,} spots have an image. With image: {', '.join(with_image)}. Counts only: {', '.join(without) or 'none'}. "
+        f"{n_pairs:,} spots have an image. With image: {', '.join(with_image)}. "
+        f"Counts only: {', '.join(without) or 'none'}. "
         f"Seed {config.seed}, {config.optimiser.steps} steps of {config.optimiser.batch_size} spots."
     )
     stated = {name: text for name, text in vars(config.card).items() if text and name != "description"}
@@ -164,10 +177,10 @@ def _card(config: PretrainConfig, sections: Sequence[Section]):  # noqa: ANN202
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _replace(source: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    temporary.replace(target)

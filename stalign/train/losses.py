@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from stalign._validate import check_choice
 
@@ -47,8 +47,10 @@ def info_nce(
     True
     """
     if query.ndim != 2 or query.shape != key.shape:
-        raise ValueError(f"query and key must be (n, d) of equal shape, got {tuple(query.shape)} and {tuple(key.shape)}.")
-    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        raise ValueError(
+            f"query and key must be (n, d) of equal shape, got {tuple(query.shape)} and {tuple(key.shape)}."
+        )
+    query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
     if negatives is None:
         logits = query @ key.T
         target = torch.arange(len(query), device=query.device)
@@ -58,9 +60,11 @@ def info_nce(
                 f"negatives must be (n, k, d) = ({len(query)}, k, {query.shape[1]}), got {tuple(negatives.shape)}."
             )
         positive = (query * key).sum(dim=-1, keepdim=True)
-        logits = torch.cat([positive, torch.einsum("nd,nkd->nk", query, F.normalize(negatives, dim=-1))], dim=1)
+        logits = torch.cat(
+            [positive, torch.einsum("nd,nkd->nk", query, nn.functional.normalize(negatives, dim=-1))], dim=1
+        )
         target = torch.zeros(len(query), dtype=torch.long, device=query.device)
-    return F.cross_entropy(logits / temperature, target)
+    return nn.functional.cross_entropy(logits / temperature, target)
 
 
 def negative_mask(
@@ -106,9 +110,9 @@ def masked_info_nce(
 
     Equal to :func:`info_nce` with those rows gathered into ``negatives``, without a second forward pass for them.
     """
-    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature
+    logits = nn.functional.normalize(query, dim=-1) @ nn.functional.normalize(key, dim=-1).T / temperature
     keep = mask | torch.eye(len(mask), dtype=torch.bool, device=mask.device)
-    return F.cross_entropy(logits.masked_fill(~keep, _OFF), torch.arange(len(logits), device=logits.device))
+    return nn.functional.cross_entropy(logits.masked_fill(~keep, _OFF), torch.arange(len(logits), device=logits.device))
 
 
 def structure_loss(embedding: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
@@ -123,5 +127,5 @@ def structure_loss(embedding: torch.Tensor, profile: torch.Tensor) -> torch.Tens
     profile
         (n, p) niche expression profiles of the same spots.
     """
-    ours, theirs = F.normalize(embedding, dim=-1), F.normalize(profile, dim=-1)
-    return F.mse_loss(ours @ ours.T, theirs @ theirs.T)
+    ours, theirs = nn.functional.normalize(embedding, dim=-1), nn.functional.normalize(profile, dim=-1)
+    return nn.functional.mse_loss(ours @ ours.T, theirs @ theirs.T)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from stalign.train.losses import info_nce, masked_info_nce, negative_mask, structure_loss
 
@@ -39,7 +39,13 @@ def test_length_of_vectors_is_irrelevant():
 
 @pytest.mark.parametrize(
     ("query", "key", "negatives"),
-    [((3, 4), (3, 5), None), ((3, 4), (2, 4), None), ((3, 4, 1), (3, 4, 1), None), ((3, 4), (3, 4), (3, 4)), ((3, 4), (3, 4), (2, 5, 4))],
+    [
+        ((3, 4), (3, 5), None),
+        ((3, 4), (2, 4), None),
+        ((3, 4, 1), (3, 4, 1), None),
+        ((3, 4), (3, 4), (3, 4)),
+        ((3, 4), (3, 4), (2, 5, 4)),
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused(query, key, negatives):
     with pytest.raises(ValueError, match="must be"):
@@ -83,4 +89,4 @@ def test_structure_loss_is_zero_for_a_rotation():
     profile = torch.randn(10, 6, generator=generator)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
     assert float(structure_loss(profile @ rotation, profile)) == pytest.approx(0.0, abs=1e-10)
-    assert float(structure_loss(F.relu(profile), profile)) > 0.01
+    assert float(structure_loss(nn.functional.relu(profile), profile)) > 0.01

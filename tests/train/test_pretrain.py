@@ -16,7 +16,7 @@ from stalign.train._module import schedule
 
 pytest.importorskip("lightning")
 
-from .conftest import GENES, make_section  # noqa: E402
+from .conftest import GENES, make_section
 
 
 @pytest.fixture(autouse=True)
