@@ -1,0 +1,346 @@
+"""Name spots without training: by marker genes, or after an annotated reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from stalign._keys import Key
+from stalign._logging import logger
+from stalign._validate import check_adata, check_choice, check_positive, require_key
+from stalign.tl._reference import reference_embedding
+from stalign.tl._slots import (
+    centre_by_library,
+    check_same_space,
+    embed_record,
+    present,
+    read_embedding,
+    recorded_model,
+    spot_libraries,
+    unit_rows,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from stalign.models import STAlign
+
+UNASSIGNED = "unassigned"
+_MODALITIES = ("fused", "image", "gene")
+
+
+class _Scores(NamedTuple):
+    """(n, labels) scores, the labels, and what goes into ``uns``."""
+
+    values: np.ndarray
+    labels: list[str]
+    params: dict[str, Any]
+
+
+def zero_shot_annotate(
+    adata: AnnData,
+    labels: Mapping[str, Sequence[str] | str] | str | None = None,
+    *,
+    reference: AnnData | None = None,
+    label_key: str | None = None,
+    modality: Literal["fused", "image", "gene"] = "fused",
+    threshold: float | None = None,
+    temperature: float = 1.0,
+    use_rep: str = Key.obsm.EMBEDDING,
+    model: str | Path | STAlign | None = None,
+    library_key: str | None = None,
+    key_added: str = Key.obs.ANNOTATION,
+    copy: bool = False,
+) -> AnnData | None:
+    """Give every spot one of the labels, with no training.
+
+    By marker genes: the gene side of the model embeds "these genes are high", and a label's score is the cosine with the
+    spot's image side, its gene side, or the mean of those that are there. By reference: a label's prototype is the mean
+    unit embedding of its spots in an annotated AnnData, both slides centred first, since slides differ in their mean more
+    than by tissue. Scores are standardised over the spots of each library, label by label, which makes labels comparable,
+    and turned into shares by a softmax.
+
+    Parameters
+    ----------
+    adata
+        After :func:`stalign.tl.embed`.
+    labels
+        Marker genes by label, ``{"tumour": ["ERBB2", "KRT8"], "immune": ["CD3E", "PTPRC"]}``; with ``reference``, the
+        column of its ``obs`` that holds the labels.
+    reference
+        Annotated AnnData, embedded with the same model; it is embedded here (and not changed) where it is not.
+    label_key
+        Another way to name the column of the reference.
+    modality
+        Which side of the spots is compared: with markers, ``"fused"`` is the mean of the sides that are there; with a
+        reference, the matrix of that name.
+    threshold
+        Spots whose confidence is below are ``"unassigned"``.
+    temperature
+        Of the softmax, in standard deviations: the smaller, the more confident. The order of the labels does not depend
+        on it.
+    use_rep
+        ``key_added`` of :func:`stalign.tl.embed`.
+    model
+        The model that embedded the spots; ``None`` loads the one that ``uns`` names.
+    library_key
+        Column of ``obs`` that names each spot's library; ``None`` is what the niches were made with.
+    key_added
+        Prefix of the slots written.
+    copy
+        Return a new object instead of writing to ``adata``.
+
+    Returns
+    -------
+    ``None``, or with ``copy=True`` a new AnnData, with
+
+    - ``obs["stalign_annotation"]``: categorical, labels in the order given
+    - ``obs["stalign_annotation_confidence"]``: float32, share of the label
+    - ``obsm["stalign_annotation_score"]``: DataFrame (n_obs, labels) float32, rows sum to 1; rows of NaN for spots that
+      lack the modality
+    - ``uns["stalign"]["annotation"]``: parameters, labels, markers or reference, model
+
+    Raises
+    ------
+    KeyError
+        If the embedding or the column of the reference is missing.
+    ValueError
+        For empty labels, a label without a marker that the model knows, and embeddings of another model.
+    TypeError
+        If ``labels`` is neither a dict nor the name of a column.
+
+    Examples
+    --------
+    >>> import stalign as sta
+    >>> adata = sta.datasets.synthetic_visium()
+    >>> sta.tl.embed(adata)  # doctest: +SKIP
+    >>> sta.tl.zero_shot_annotate(adata, {"tumour": ["ERBB2", "KRT8"], "immune": ["CD3E", "PTPRC"]})  # doctest: +SKIP
+    """
+    check_adata(adata)
+    check_choice("modality", modality, _MODALITIES)
+    check_positive("temperature", temperature)
+    if threshold is not None and not 0 <= float(threshold) <= 1:
+        raise ValueError(f"threshold must be a share between 0 and 1, got {threshold!r}.")
+    codes = spot_libraries(adata, library_key)
+    if reference is None:
+        scores = _by_markers(adata, labels, label_key, modality, use_rep, model, codes)
+    else:
+        scores = _by_reference(adata, labels, reference, label_key, modality, use_rep, model, codes)
+    if UNASSIGNED in scores.labels:
+        raise ValueError(f"{UNASSIGNED!r} cannot be a label: it stands for spots without one. Rename it.")
+    shares = _softmax(standardise(scores.values, codes) / temperature)
+
+    out = adata.copy() if copy else adata
+    _write(out, shares, scores, threshold, key_added)
+    return out if copy else None
+
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+
+def _by_markers(
+    adata: AnnData, labels: Any, label_key: str | None, modality: str, use_rep: str, model: Any, codes: np.ndarray
+) -> _Scores:
+    from stalign.tl._prompts import match_markers, prompt_embeddings
+
+    if label_key is not None or isinstance(labels, str):
+        column = labels if label_key is None else label_key
+        raise ValueError(f"The column {column!r} of which AnnData? Pass `reference=...`, or a dict of marker genes.")
+    markers = check_markers(labels)
+    sides = {side: read_embedding(adata, side, use_rep) for side in _sides(adata, modality, use_rep)}
+    record = embed_record(adata, use_rep)
+    network = recorded_model(adata, model, use_rep)
+    index = match_markers(markers, network.genes, organism=str(record.get("organism", "")) or "human")
+    prompts, adapted = prompt_embeddings(adata, network, index, codes, key=use_rep)
+    scores = [standardise(_cosine(values, prompts, codes), codes) for values in sides.values()]
+    params = {
+        "source": "markers",
+        "modality": modality,
+        "sides": list(sides),
+        "markers": {label: [str(gene) for gene in network_genes(network, places)] for label, places in index.items()},
+        "adapted_to_slide": adapted,
+    }
+    return _Scores(_mean_of_present(scores), list(markers), {**params, **_model_params(record)})
+
+
+def network_genes(model: STAlign, places: np.ndarray) -> list[str]:
+    """Return the symbols at some places of the vocabulary."""
+    return [model.genes[place] for place in places]
+
+
+def check_markers(labels: Any) -> dict[str, list[str]]:
+    """Return marker genes by label as a dict of lists."""
+    if labels is None:
+        raise ValueError("labels is missing: pass a dict of marker genes, or `reference=...` with `label_key=...`.")
+    if not isinstance(labels, Mapping):
+        raise TypeError(
+            f"labels must be a dict of marker genes by label, got {type(labels).__name__}. "
+            "Example: {'tumour': ['ERBB2', 'KRT8'], 'immune': ['CD3E', 'PTPRC']}."
+        )
+    if not labels:
+        raise ValueError("labels is empty: name at least one label, e.g. {'tumour': ['ERBB2', 'KRT8']}.")
+    markers: dict[str, list[str]] = {}
+    for label, genes in labels.items():
+        genes = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+        if not genes:
+            raise ValueError(f"Label {str(label)!r} has no markers.")
+        if str(label) in markers:
+            raise ValueError(f"Label {str(label)!r} occurs twice.")
+        markers[str(label)] = genes
+    return markers
+
+
+def _sides(adata: AnnData, modality: str, use_rep: str) -> list[str]:
+    """Return the sides that are compared with the prompts; for "fused" those that are there."""
+    if modality != "fused":
+        return [modality]
+    there = [side for side in ("image", "gene") if Key.embedding(side, use_rep) in adata.obsm]
+    return there or ["gene"]  # reading it says what to do
+
+
+def _cosine(values: np.ndarray, prompts: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """(n, labels) cosine of each spot with its library's prompts."""
+    if values.shape[1] != prompts.shape[2]:
+        raise ValueError(
+            f"The embedding has {values.shape[1]} dimensions, the prompts have {prompts.shape[2]}: another model made it."
+        )
+    scores = np.empty((len(values), prompts.shape[1]), dtype=np.float32)
+    for code in np.unique(codes):
+        rows = np.flatnonzero(codes == code)
+        scores[rows] = unit_rows(values[rows]) @ prompts[code].T
+    return scores
+
+
+def _mean_of_present(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the sides that a spot has; NaN where it has none."""
+    stack = np.stack(scores)
+    there = ~np.isnan(stack)
+    total = np.where(there, stack, 0).sum(axis=0)
+    n = there.sum(axis=0)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan).astype(np.float32)
+
+
+def _by_reference(
+    adata: AnnData,
+    labels: Any,
+    reference: AnnData,
+    label_key: str | None,
+    modality: str,
+    use_rep: str,
+    model: Any,
+    codes: np.ndarray,
+) -> _Scores:
+    column = _label_column(labels, label_key)
+    check_adata(reference)
+    values = require_key(reference.obs, column, where="reference.obs", hint="It must hold the labels.")
+    known = values.notna().to_numpy()
+    if not known.any():
+        raise ValueError(f"`reference.obs[{column!r}]` holds no label: all {len(values)} are missing.")
+    if not known.all():
+        logger.info("%d spots of the reference have no label and are left out.", int((~known).sum()))
+    query = read_embedding(adata, modality, use_rep)
+    record = embed_record(adata, use_rep)
+    embedded = reference_embedding(reference, modality, record, model, key=use_rep, query=adata)
+    check_same_space(record, embedded.record, our_name="adata", their_name="reference")
+    if query.shape[1] != embedded.values.shape[1]:
+        raise ValueError(
+            f"`adata` is embedded in {query.shape[1]} dimensions, `reference` in {embedded.values.shape[1]}: two models "
+            "made them. Embed both with the same one."
+        )
+    kept = known & present(embedded.values)
+    if not kept.any():
+        raise ValueError(f"No labelled spot of the reference has an embedding of modality={modality!r}.")
+    centred = unit_rows(centre_by_library(embedded.values, embedded.codes))[kept]
+    names, label_codes = _categories(values[kept])
+    prototypes = unit_rows(np.stack([centred[label_codes == code].mean(axis=0) for code in range(len(names))]))
+    scores = unit_rows(centre_by_library(query, codes)) @ prototypes.T
+    params = {
+        "source": "reference",
+        "modality": modality,
+        "label_key": column,
+        "n_reference": {name: int((label_codes == code).sum()) for code, name in enumerate(names)},
+    }
+    return _Scores(scores, names, {**params, **_model_params(record)})
+
+
+def _label_column(labels: Any, label_key: str | None) -> str:
+    if labels is not None and not isinstance(labels, str):
+        raise TypeError(
+            f"With a reference, labels is the name of a column of its `obs`, got {type(labels).__name__}. Leave out "
+            "`reference` to annotate by marker genes."
+        )
+    if labels is not None and label_key is not None and labels != label_key:
+        raise ValueError(f"labels={labels!r} and label_key={label_key!r} name two columns. Pass one.")
+    column = labels if label_key is None else label_key
+    if column is None:
+        raise ValueError("Which column of `reference.obs` holds the labels? Pass `label_key=...`.")
+    return column
+
+
+def _categories(values: pd.Series) -> tuple[list[str], np.ndarray]:
+    """Return the labels, in the order of the categories if there is one, and each spot's number."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.cat.remove_unused_categories()
+        return [str(name) for name in values.cat.categories], values.cat.codes.to_numpy()
+    codes, names = pd.factorize(values.astype(str), sort=True)
+    return [str(name) for name in names], codes
+
+
+def _model_params(record: Mapping[str, Any]) -> dict[str, str]:
+    return {"model": str(record["model"]), "sha256": str(record["sha256"])} if record else {}
+
+
+def standardise(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Z-score of each column over the spots of each library; a column that does not vary becomes zero."""
+    result = np.full(scores.shape, np.nan, dtype=np.float64)
+    there = present(scores)
+    for code in np.unique(codes[there]):
+        rows = np.flatnonzero((codes == code) & there)
+        values = scores[rows].astype(np.float64)
+        centred, sd = values - values.mean(axis=0), values.std(axis=0)
+        result[rows] = np.divide(centred, sd, out=np.zeros_like(centred), where=sd > 1e-7)
+    return result
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def _write(adata: AnnData, shares: np.ndarray, scores: _Scores, threshold: float | None, key_added: str) -> None:
+    there = present(shares)
+    confidence = np.full(len(shares), np.nan, dtype=np.float32)
+    confidence[there] = shares[there].max(axis=1)
+    best = np.full(len(shares), -1)
+    best[there] = shares[there].argmax(axis=1)
+    low = ~there | (confidence < threshold if threshold is not None else False)
+    names = list(scores.labels)
+    if low.any():
+        best[low] = len(names)
+        names.append(UNASSIGNED)
+    adata.obs[key_added] = pd.Categorical.from_codes(best, categories=names)
+    adata.obs[f"{key_added}_confidence"] = confidence
+    adata.obsm[f"{key_added}_score"] = pd.DataFrame(shares, index=adata.obs_names, columns=scores.labels)
+    record = {**scores.params, "labels": list(scores.labels), "key_added": key_added}
+    if threshold is not None:
+        record["threshold"] = float(threshold)
+    adata.uns[Key.UNS] = {**adata.uns.get(Key.UNS, {}), Key.uns.ANNOTATION: record}
+    if (~there).any():
+        logger.info("%d spots lack the modality and are %r.", int((~there).sum()), UNASSIGNED)
+    logger.info(
+        "Added `obs['%s']` (%d labels), `obs['%s_confidence']`, `obsm['%s_score']`, `uns['%s']['%s']`.",
+        key_added,
+        len(scores.labels),
+        key_added,
+        key_added,
+        Key.UNS,
+        Key.uns.ANNOTATION,
+    )
