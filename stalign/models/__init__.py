@@ -23,6 +23,7 @@ from stalign.models._registry import Available, available, config, geometry, loa
 
 if TYPE_CHECKING:
     from stalign.models import encoders
+    from stalign.models._assemble import assemble
     from stalign.models._checkpoint import ModelCard
     from stalign.models._fusion import ABFN
     from stalign.models._network import STAlign, STAlignOutput
@@ -45,6 +46,7 @@ __all__ = [
     "STAlignOutput",
     "Summary",
     "TokenConfig",
+    "assemble",
     "available",
     "config",
     "encoders",
@@ -60,6 +62,7 @@ _LAZY = {
     "STAlign": "_network",
     "STAlignOutput": "_network",
     "Summary": "_summary",
+    "assemble": "_assemble",
     "from_official": "_official",
 }
 

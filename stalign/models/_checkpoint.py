@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from stalign.models._folder import CONFIG, GENES, WEIGHTS, read_config_file, rea
 
 if TYPE_CHECKING:
     from stalign.models._network import STAlign
+    from stalign.models.encoders._base import Encoder
 
 FORMAT = 1
 CARD = "README.md"
@@ -106,6 +108,7 @@ def save(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         save_file(_tensors(model, dtype), temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes it readable for the owner alone
         (temporary / GENES).write_text("".join(f"{gene}\n" for gene in model.genes), encoding="utf-8", newline="\n")
         (temporary / CARD).write_text(card.render(model), encoding="utf-8", newline="\n")
         content = {
@@ -114,6 +117,7 @@ def save(
             "dtype": dtype,
             "sha256": {name: sha256(temporary / name) for name in (WEIGHTS, GENES)},
             "card": dataclasses.asdict(card),
+            "encoders": _encoder_records(model),
             "model": model.config.to_dict(),
         }
         (temporary / CONFIG).write_text(
@@ -195,7 +199,7 @@ def load_folder(folder: Path, *, name: str = "", revision: str = "") -> STAlign:
     with torch.random.fork_rng(devices=[]):
         model = STAlign(config, genes)
     check_state(state, model.state_dict(), what=str(folder / WEIGHTS))
-    _check_finite(state, folder / WEIGHTS)
+    check_finite(state, folder / WEIGHTS)
     model.load_state_dict(state, strict=True)
     model.card = ModelCard(**content["card"]) if "card" in content else None
     model.provenance = Provenance(
@@ -204,12 +208,53 @@ def load_folder(folder: Path, *, name: str = "", revision: str = "") -> STAlign:
         sha256=digests[WEIGHTS],
         folder=str(folder),
     )
-    for module in model.branches.values():
-        module.encoder.provenance = model.provenance  # type: ignore[union-attr]
+    _restore_encoder_records(model, content, folder)
     return model.eval()
 
 
-def _check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
+def _has_weights(encoder: Encoder) -> bool:
+    """Whether the encoder's weights are in the checkpoint; scGPT stands outside it."""
+    return next(encoder.parameters(), None) is not None
+
+
+def _encoder_records(model: STAlign) -> dict[str, dict[str, str]]:
+    """Where the weights of frozen encoders, and of those outside the checkpoint, come from.
+
+    A branch is absent while its encoder's weights are random.
+    """
+    records = {}
+    for name in BRANCHES:
+        encoder = model.encoder(name)
+        if encoder.provenance is not None and (model.branch(name).frozen or not _has_weights(encoder)):
+            records[name] = encoder.provenance._asdict()
+    return records
+
+
+def _restore_encoder_records(model: STAlign, content: Mapping[str, Any], folder: Path) -> None:
+    records = content.get("encoders")
+    for name in BRANCHES:
+        branch = model.branch(name)
+        inside = _has_weights(branch.encoder)
+        if records is not None and name in records:
+            record = build_record(records[name], where=f"{folder / CONFIG}: encoders.{name}")
+            beside = folder / record.name
+            branch.encoder.provenance = (
+                record._replace(folder=str(beside)) if not inside and beside.is_dir() else record
+            )
+        elif inside and (records is None or not branch.frozen):
+            branch.encoder.provenance = model.provenance
+    model.warn_untrained()
+
+
+def build_record(data: Any, *, where: str) -> Provenance:
+    """Make a provenance from what a config file holds."""
+    if not isinstance(data, Mapping) or set(data) - set(Provenance._fields):
+        raise ValueError(f"{where} must be a dict with the keys {list(Provenance._fields)}, got {data!r}.")
+    return Provenance(**{key: str(value) for key, value in data.items()})
+
+
+def check_finite(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights of ``path`` that hold NaN or infinite numbers."""
     bad = [key for key, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if bad:
         raise ValueError(f"{path} holds NaN or infinite weights in {len(bad)} tensors: {listing(bad, 4)}.")

@@ -173,13 +173,14 @@ class BranchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """The fusion network (ABFN): attention heads, hidden width of its feed-forward, dropout, residual or not."""
+    """The fusion network (ABFN): attention heads, hidden width of its feed-forward, dropout, residual, final norm or not."""
 
     heads: int = 8
     head_dim: int = 64
     hidden: int = 64
     dropout: float = 0.1
     residual: bool = False
+    norm: bool = True
 
     def __post_init__(self) -> None:
         check_positive("heads", self.heads, integer=True)
@@ -187,6 +188,7 @@ class FusionConfig:
         check_positive("hidden", self.hidden, integer=True)
         _check_share("dropout", self.dropout)
         _check_bool("residual", self.residual)
+        _check_bool("norm", self.norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +243,9 @@ class ModelConfig:
     ``colour`` says what pixels are normalised with: ``"fixed"``, the encoders' own mean and standard deviation;
     ``"library"``, those of the slide's spot patches, which takes most of the difference between stainings away.
 
+    ``unit_fused`` says whether the fused embeddings are scaled to unit norm, as those of a purely contrastive model should
+    be; a model that was trained to keep distances leaves their length as it is.
+
     Examples
     --------
     >>> from stalign import models
@@ -262,6 +267,7 @@ class ModelConfig:
     heads: HeadsConfig = HeadsConfig()
     missing: Missing = "single"
     colour: Colour = "fixed"
+    unit_fused: bool = True
     prediction: PredictionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -272,6 +278,7 @@ class ModelConfig:
         check_positive("width", self.width, integer=True)
         check_choice("missing", self.missing, get_args(Missing))
         check_choice("colour", self.colour, get_args(Colour))
+        _check_bool("unit_fused", self.unit_fused)
         if self.width % 2:
             raise ValueError(f"width must be even, since the fusion network joins two halves; got {self.width}.")
         tokens = set(self.prediction.inputs if self.prediction is not None else ()) & {"niche_image", "niche_gene"}

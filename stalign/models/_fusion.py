@@ -59,7 +59,7 @@ class ABFN(nn.Module):
         self.gene_attention = CrossAttention(width, config)
         self.image_feedforward = self._feedforward(width, config.hidden)
         self.gene_feedforward = self._feedforward(width, config.hidden)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
         self.image_skip = nn.Linear(width, width // 2, bias=False) if config.residual else None
         self.gene_skip = nn.Linear(width, width // 2, bias=False) if config.residual else None
 

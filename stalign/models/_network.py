@@ -48,18 +48,13 @@ class STAlignOutput(NamedTuple):
 
     @property
     def image(self) -> torch.Tensor | None:
-        """(n, d) unit norm: the image side of spot and niche, joined by :func:`join_scales`."""
+        """The image side of spot and niche, joined by ``join_scales``; (n, d), unit norm."""
         return join_scales(self.spot_image, self.niche_image)
 
     @property
     def gene(self) -> torch.Tensor | None:
-        """(n, d) unit norm: the gene side of spot and niche, joined by :func:`join_scales`."""
+        """The gene side of spot and niche, joined by ``join_scales``; (n, d), unit norm."""
         return join_scales(self.spot_gene, self.niche_gene)
-
-    @property
-    def fused(self) -> torch.Tensor | None:
-        """(n, d) unit norm: the fused embeddings of spot and niche, joined by :func:`join_scales`."""
-        return join_scales(self.spot, self.niche)
 
 
 def join_scales(spot: torch.Tensor | None, niche: torch.Tensor | None) -> torch.Tensor | None:
@@ -322,6 +317,32 @@ class STAlign(nn.Module):
         if name in self.missing_tokens:
             return self.missing_tokens[name].to(other.dtype).expand(len(other), -1, -1)
         return other
+
+    def embedding(self, output: STAlignOutput, part: str) -> torch.Tensor | None:
+        """Return one of the matrices that :func:`stalign.tl.embed` keeps; ``None`` where its input was absent.
+
+        Parameters
+        ----------
+        output
+            What :meth:`forward` returned.
+        part
+            ``"image"`` or ``"gene"``: the aligned pair, spot and niche joined by ``join_scales``, unit norm. ``"spot"`` or
+            ``"niche"``: the fused embedding of a scale, and ``"fused"``: both side by side; unit norm if
+            ``config.unit_fused``.
+        """
+        if part in ("image", "gene"):
+            return output.image if part == "image" else output.gene
+        check_choice("part", part, ("fused", "spot", "niche", "image", "gene"))
+        if part == "fused":
+            if self.config.unit_fused:
+                return join_scales(output.spot, output.niche)
+            if output.spot is None or output.niche is None:
+                return None
+            return torch.cat([output.spot.float(), output.niche.float()], dim=-1) / 2**0.5
+        single = output.spot if part == "spot" else output.niche
+        if single is None or not self.config.unit_fused:
+            return single
+        return nn.functional.normalize(single.float(), dim=-1)
 
     def predict(self, output: STAlignOutput) -> torch.Tensor:
         """Return (n, n_genes) log-normalised expression predicted from ``output``; genes: :attr:`predicted_genes`.

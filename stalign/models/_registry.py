@@ -66,10 +66,11 @@ def _mini() -> ModelConfig:
         niche_gene=gene,
         n_tokens=4,
         width=128,
-        fusion=FusionConfig(heads=4, head_dim=32, hidden=64, dropout=0.1, residual=True),
-        heads=HeadsConfig(hidden=256, out=128, niche=True, skip=True),
+        fusion=FusionConfig(heads=4, head_dim=32, hidden=64, dropout=0.1, residual=True, norm=False),
+        heads=HeadsConfig(hidden=256, out=256, niche=True, skip=True),
         missing="tokens",
         colour="library",
+        unit_fused=False,
     )
 
 

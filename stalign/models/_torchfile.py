@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from stalign._validate import listing
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")
+_CHUNK = 2**24
 
 
 def _allow_namespace() -> Any:
@@ -39,16 +41,39 @@ def read_torch(path: Path) -> Any:
     if size == 0:
         raise ValueError(f"{path} is empty (0 bytes). Fetch or copy it again.")
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_sums(path)
         with _allow_namespace():
             # Mapped, not read: a training checkpoint holds optimiser states several times the size of the weights.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is damaged, or holds objects other than tensors and plain containers, which only "
             f"executing the file could read ({_first_line(error)}). Save its state dict alone, or as safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        IndexError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ValueError(_damaged(path, size, error)) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the check sums in the file with its content, which PyTorch does not."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                while member.read(_CHUNK):
+                    pass
 
 
 def _first_line(error: BaseException) -> str:
@@ -64,10 +89,22 @@ def _damaged(path: Path, size: int, error: BaseException) -> str:
     )
 
 
+def _is_state(content: Any) -> bool:
+    is_filled = isinstance(content, Mapping) and bool(content)
+    return is_filled and all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def _only_state(content: Mapping[str, Any]) -> list[str]:
+    """Name of the only state dict in a training checkpoint, as a list; empty if there is none or a choice."""
+    states = [key for key, value in content.items() if _is_state(value)]
+    return states if len(states) == 1 else []
+
+
 def unwrap(content: Any, *, what: str) -> dict[str, torch.Tensor]:
     """Find the flat state dict in what a file holds, and take ``module.`` off its names.
 
-    It may be bare, or stand under ``model``, ``state_dict`` or ``model_state_dict``.
+    It may be bare, or stand under ``model``, ``state_dict``, ``model_state_dict``, or another name if it is the only
+    one in the file.
 
     Raises
     ------
@@ -77,7 +114,7 @@ def unwrap(content: Any, *, what: str) -> dict[str, torch.Tensor]:
     state = content
     for _ in range(2):
         if isinstance(state, Mapping):
-            inner = [key for key in WRAPPERS if isinstance(state.get(key), Mapping)]
+            inner = [key for key in WRAPPERS if isinstance(state.get(key), Mapping)] or _only_state(state)
             state = state[inner[0]] if inner else state
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{what} holds no state dict but {type(content).__name__}.")

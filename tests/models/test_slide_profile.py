@@ -64,9 +64,24 @@ def test_equals_the_formula_written_out_densely(encoder):
     weight = np.maximum(niche.var(axis=0) / dense.var(axis=0) - 1.5 * noise, 0)
     scores = (niche - niche.mean(axis=0)) / niche.std(axis=0) * weight
     components = np.linalg.svd(scores, full_matrices=False)[2][:4]
-    expected = scores @ components.T @ components @ gene_table(200, 64, 0)
+    left, _, right = np.linalg.svd(components @ gene_table(200, 64, 0), full_matrices=False)
+    expected = scores @ components.T @ left @ right
     expected *= 8 / np.linalg.norm(expected, axis=1).mean()
     np.testing.assert_allclose(encoder.preprocess(counts, connectivities=graph), expected, atol=2e-2)
+
+
+def test_distances_are_those_of_the_leading_components(encoder):
+    counts, graph, _ = strip(seed=5)
+    dense = normalise_log1p(counts).toarray().astype(np.float64)
+    dense = np.minimum(dense, dense.mean(axis=0) + 10 * dense.std(axis=0))
+    niche = graph @ dense
+    weight = np.maximum(niche.var(axis=0) / dense.var(axis=0) - 1.5 * graph.multiply(graph).sum() / 120, 0)
+    scores = (niche - niche.mean(axis=0)) / niche.std(axis=0) * weight
+    left, size, _ = np.linalg.svd(scores, full_matrices=False)
+    expected = np.linalg.norm((left[0] - left[50])[:4] * size[:4])
+    profile = encoder.preprocess(counts, connectivities=graph)
+    factor = 8 / np.linalg.norm(left[:, :4] * size[:4], axis=1).mean()
+    assert np.linalg.norm(profile[0] - profile[50]) == pytest.approx(expected * factor, rel=1e-2)
 
 
 def test_order_of_spots_is_irrelevant(encoder):

@@ -16,8 +16,8 @@ _N_STATISTICS = 9
 class ColourCNN(TimmEncoder):
     """An image model of timm, with mean, spread and mean gradient of each colour appended to its features.
 
-    On few slides the statistics carry most of what a patch of 30 pixels says about expression, and a network trained from
-    scratch needs many patches to find them.
+    On few slides the statistics carry most of what a patch of 30 pixels says about expression, and a network trained
+    from scratch needs many patches to find them.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@ Facts on the checkpoints and the embedding: Cui et al., Nature Methods 21:1470 (
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,7 +16,9 @@ from scipy import sparse
 from torch import nn
 
 from stalign._logging import logger
+from stalign._settings import settings
 from stalign._validate import check_choice, check_positive, listing, near
+from stalign.models._config import Provenance
 from stalign.models.encoders._base import GeneEncoder
 
 Binning = Literal["upper", "middle", "lower", "random"]
@@ -97,6 +99,31 @@ def _random_numbers(tokens: Tokens, counts: np.ndarray, seed: int, stream: int) 
     return _mix(token_key ^ _mix(cell_key ^ salt)[tokens.cells])
 
 
+def _edges_below(values: np.ndarray, starts: np.ndarray, rank: np.ndarray, n: np.ndarray, n_edges: int) -> np.ndarray:
+    """Say (0 or 1) for which groups of ties a quantile that should equal their value lies just below it.
+
+    ``numpy.quantile`` works in floating point: a level that falls exactly on a sorted value may miss it by a rounding
+    error, so that this edge, too, is smaller than the value. It is computed here as numpy does.
+
+    Parameters
+    ----------
+    values, rank, n
+        Sorted values of all cells, their ranks in their cells, and the cells' lengths.
+    starts
+        Where in ``values`` the groups begin.
+    n_edges
+        Number of edges less one.
+    """
+    first, n_minus_1 = rank[starts], n[starts] - 1
+    edge, remainder = np.divmod(n_edges * first, np.maximum(n_minus_1, 1))
+    meets = (remainder == 0) & (edge > 0) & (edge < n_edges)
+    position = n_minus_1 * np.linspace(0, 1, n_edges + 1)[np.minimum(edge, n_edges)]
+    share = position - np.floor(position)
+    value, before = values[starts], values[np.maximum(starts - 1, 0)]
+    quantile = value - (value - before) * (1 - share)
+    return (meets & (position < first) & (quantile < value)).astype(np.int64)
+
+
 def bin_values(
     tokens: Tokens, *, n_bins: int = N_BINS, binning: Binning = "upper", random: np.ndarray | None = None
 ) -> np.ndarray:
@@ -104,7 +131,8 @@ def bin_values(
 
     A value that occupies the sorted ranks j0 … j1 of n falls between the bins floor((b - 2) j1 / (n - 1)) + 1 and
     ceil((b - 2) j0 / (n - 1)) + 1: scGPT draws one of them at random, which makes its embeddings differ from run to
-    run. ``"upper"`` (its ``numpy.digitize``), ``"middle"`` and ``"lower"`` are fixed conventions.
+    run. ``"upper"`` (its ``numpy.digitize``), ``"middle"`` and ``"lower"`` are fixed conventions. The bins are those of
+    ``numpy.quantile`` to the last one, see :func:`_edges_below`.
 
     Returns
     -------
@@ -114,16 +142,18 @@ def bin_values(
     order = np.lexsort((tokens.values, tokens.cells))
     cells, values = tokens.cells[order], tokens.values[order]
     rank = np.arange(len(order)) - tokens.indptr[cells]
+    n = tokens.lengths[cells]
     is_first = np.ones(len(order), dtype=bool)
     is_first[1:] = (cells[1:] != cells[:-1]) | (values[1:] != values[:-1])
     group = np.cumsum(is_first) - 1
-    first = rank[is_first][group] if len(order) else rank
-    last_of_group = np.append(np.flatnonzero(is_first)[1:], len(order)) - 1
+    starts = np.flatnonzero(is_first)
+    first = rank[starts][group] if len(order) else rank
+    last_of_group = np.append(starts[1:], len(order)) - 1
     last = rank[last_of_group][group] if len(order) else rank
-    n = tokens.lengths[cells]
     span = np.maximum(n - 1, 1)
     upper = n_edges * last // span + 1
-    lower = np.minimum(upper, -(-n_edges * first // span) + 1)
+    below = -(-n_edges * first // span) + _edges_below(values, starts, rank, n, n_edges)[group]
+    lower = np.minimum(upper, below + 1)
     # A single value is the minimum and the maximum at once: every bin is possible.
     upper, lower = np.where(n == 1, n_bins - 1, upper), np.where(n == 1, 1, lower)
     if binning == "upper":
@@ -252,12 +282,12 @@ def _read_vocab(path: Path) -> dict[str, int]:
         raise ValueError(f"{path} must map tokens to whole numbers; these are not: {listing(bad, 5)}.")
     if not vocab:
         raise ValueError(f"{path} holds no tokens.")
-    numbers = np.sort(np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab)))
-    wrong = np.flatnonzero(numbers != np.arange(len(numbers)))
-    if len(wrong):
+    numbers = sorted(vocab.values())
+    wrong = [place for place, number in enumerate(numbers) if number != place]
+    if wrong:
         raise ValueError(
             f"The {len(vocab)} token ids of {path} must be 0 … {len(vocab) - 1}, each once; there is a gap or a repeat "
-            f"at id {int(wrong[0])} (found {int(numbers[wrong[0]])}). The file is damaged or was edited."
+            f"at id {wrong[0]} (found {numbers[wrong[0]]}). The file is damaged or was edited."
         )
     for special in _SPECIALS:
         vocab.setdefault(special, len(vocab))
@@ -279,6 +309,14 @@ def _read_args(path: Path) -> dict[str, Any]:
 
 def _check_matrix(counts: Any, n_genes: int) -> sparse.csr_matrix:
     """Return counts as a CSR matrix without repeated entries, or say what is wrong with them."""
+    if not sparse.issparse(counts):
+        counts = np.asarray(counts)
+        if counts.ndim != 2 or counts.dtype.kind not in "buif":
+            raise ValueError(
+                f"counts must be a (n_cells, n_genes) matrix of numbers, got shape {counts.shape} of {counts.dtype}."
+            )
+        if counts.dtype == np.float16:  # SciPy has no sparse matrices of it
+            counts = counts.astype(np.float32)
     matrix = sparse.csr_matrix(counts)
     if not matrix.has_canonical_format:
         matrix = matrix.copy()  # the caller's matrix keeps its entries as they are
@@ -309,6 +347,8 @@ class ScGPT(nn.Module):
         Token → id.
     report
         The :class:`ScGPTReport` of the last :meth:`embed`.
+    provenance
+        Folder and SHA-256 of ``best_model.pt``.
 
     Examples
     --------
@@ -336,6 +376,13 @@ class ScGPT(nn.Module):
         self.pad_value = float(pad_value)
         self.network = _Network(len(self.vocab), dim, heads, feedforward, layers)
         self.report: ScGPTReport | None = None
+        self.provenance: Provenance | None = None
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Gene names of the vocabulary, by id: all tokens but the special ones, which stand in angle brackets."""
+        tokens = sorted(self.vocab, key=self.vocab.__getitem__)
+        return tuple(t for t in tokens if t.strip() and not (t.startswith("<") and t.endswith(">")))
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ScGPT:
@@ -350,7 +397,7 @@ class ScGPT(nn.Module):
             ``args.json`` says, or there are weights that would change the embedding and are not supported
             (``bn.*``, ``dsbn.*``).
         """
-        from stalign.models._checkpoint import check_state
+        from stalign.models._checkpoint import check_finite, check_state, sha256
         from stalign.models._torchfile import read_torch, unwrap
 
         folder = Path(path).expanduser()
@@ -387,7 +434,10 @@ class ScGPT(nn.Module):
         needed = {names[key]: value for key, value in own.items()}
         used = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
         check_state(used, needed, what=f"{file} with args.json (embsize {args['embsize']}, nlayers {args['nlayers']})")
+        check_finite(used, file)
         model.network.load_state_dict({key: used[names[key]] for key in own}, strict=True)
+        digest = sha256(file)
+        model.provenance = Provenance("scgpt", digest[:12], digest, str(folder.resolve()))
         return model.eval().requires_grad_(False)
 
     def _gene_ids(self, gene_names: Sequence[str]) -> np.ndarray:
@@ -415,6 +465,7 @@ class ScGPT(nn.Module):
         max_length: int = MAX_LENGTH,
         n_bins: int = N_BINS,
         normalise: bool = True,
+        progress: bool | None = None,
     ) -> np.ndarray:
         """Embed cells or spots.
 
@@ -440,10 +491,12 @@ class ScGPT(nn.Module):
             Number of bins, the one of zero included.
         normalise
             Whether rows are divided by their norm.
+        progress
+            Show a progress bar; ``None`` is ``stalign.settings.progress``.
 
         Returns
         -------
-        (n, dim) float32. Rows of cells with no count of a known gene are zero; :attr:`report` counts them.
+        (n, dim) float32. Rows of cells with no count of a known gene are zero; ``report`` counts them.
         """
         check_choice("binning", binning, get_args(Binning))
         check_positive("batch_size", batch_size, integer=True)
@@ -453,6 +506,9 @@ class ScGPT(nn.Module):
             raise ValueError(f"n_bins must be at least 3, got {n_bins}.")
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**60:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}.")
+        from tqdm.auto import tqdm
+
+        hidden = not (settings.progress if progress is None else progress)
         matrix, ids = _check_matrix(counts, len(gene_names)), self._gene_ids(gene_names)
         n_known = int((ids >= 0).sum())
         if n_known == 0:
@@ -462,16 +518,17 @@ class ScGPT(nn.Module):
             )
         result = np.zeros((matrix.shape[0], self.dim), dtype=np.float32)
         n_empty = n_sampled = 0
-        # In blocks, so that the tokens of a million cells need not be held at once.
-        for start in range(0, matrix.shape[0], _CELLS_PER_BLOCK):
-            block = slice(start, start + _CELLS_PER_BLOCK)
-            tokens = self._tokens(matrix[block], ids)
-            random = _random_numbers(tokens, tokens.values, int(seed), 0) if binning == "random" else None
-            values = bin_values(tokens, n_bins=n_bins, binning=binning, random=random)
-            # Binned before sampling, as the original does.
-            tokens, n_long = self._shorten(tokens._replace(values=values), tokens.values, int(seed), max_length)
-            result[block] = self._run(tokens, batch_size, normalise=normalise)
-            n_empty, n_sampled = n_empty + int((tokens.lengths == 0).sum()), n_sampled + n_long
+        with tqdm(total=matrix.shape[0], unit="cell", desc="scGPT", disable=hidden) as bar:
+            # In blocks, so that the tokens of a million cells need not be held at once.
+            for start in range(0, matrix.shape[0], _CELLS_PER_BLOCK):
+                block = slice(start, start + _CELLS_PER_BLOCK)
+                tokens = self._tokens(matrix[block], ids)
+                random = _random_numbers(tokens, tokens.values, int(seed), 0) if binning == "random" else None
+                values = bin_values(tokens, n_bins=n_bins, binning=binning, random=random)
+                # Binned before sampling, as the original does.
+                tokens, n_long = self._shorten(tokens._replace(values=values), tokens.values, int(seed), max_length)
+                result[block] = self._run(tokens, batch_size, normalise=normalise, done=bar.update)
+                n_empty, n_sampled = n_empty + int((tokens.lengths == 0).sum()), n_sampled + n_long
         self.report = ScGPTReport(len(result), len(gene_names), n_known, n_empty, n_sampled)
         if n_empty:
             logger.warning(
@@ -504,10 +561,11 @@ class ScGPT(nn.Module):
             np.hstack([first < 0, padding]),
         )
 
-    def _run(self, tokens: Tokens, batch_size: int, *, normalise: bool) -> np.ndarray:
+    def _run(self, tokens: Tokens, batch_size: int, *, normalise: bool, done: Callable[[int], Any]) -> np.ndarray:
         result = np.zeros((len(tokens.indptr) - 1, self.dim), dtype=np.float32)
         order = np.argsort(-tokens.lengths, kind="stable")
         order = order[tokens.lengths[order] > 0]
+        done(len(result) - len(order))
         device = self.network.embedding.weight.device
         was_training = self.training
         self.eval()
@@ -522,6 +580,7 @@ class ScGPT(nn.Module):
                 )
                 embedding = nn.functional.normalize(embedding.float(), dim=-1) if normalise else embedding.float()
                 result[cells] = embedding.cpu().numpy()
+                done(len(cells))
         self.train(was_training)
         return result
 
@@ -530,7 +589,9 @@ class ScGPTEmbedding(GeneEncoder):
     """The published spot gene branch: frozen scGPT embeddings, computed ahead of the network.
 
     The network's input is the embedding itself; :meth:`preprocess` makes it with the scGPT checkpoint that
-    :meth:`attach` names. scGPT's own weights are no part of the ST-Align checkpoint.
+    :meth:`attach` names. scGPT's own weights are no part of the ST-Align checkpoint, which records their SHA-256 and
+    folder: a model that was saved with a checkpoint attached finds it again, in the subfolder ``scgpt`` of the model's
+    folder or where it was.
 
     Parameters
     ----------
@@ -538,17 +599,56 @@ class ScGPTEmbedding(GeneEncoder):
         Width of the embedding.
     """
 
+    _place: torch.Tensor
+
     def __init__(self, *, vocabulary: Sequence[str] = (), dim: int = 512) -> None:
         super().__init__(vocabulary=vocabulary)
         self.dim = self.input_dim = check_positive("dim", dim, integer=True)
         self._scgpt: list[ScGPT] = []  # in a list, so that its weights stay out of the state dict
+        # Follows the model from device to device.
+        self.register_buffer("_place", torch.empty(0), persistent=False)
 
-    def attach(self, scgpt: ScGPT | str | Path) -> None:
-        """Name the scGPT checkpoint (or its folder) that :meth:`preprocess` embeds with."""
+    def attach(self, scgpt: ScGPT | str | Path, *, other: bool = False) -> None:
+        """Name the scGPT checkpoint (or its folder) that :meth:`preprocess` embeds with.
+
+        Parameters
+        ----------
+        scgpt
+            A loaded :class:`ScGPT` or its folder.
+        other
+            Allow a checkpoint other than the one the model was saved with.
+
+        Raises
+        ------
+        ValueError
+            If its width is not the model's, or its weights are not those the model was saved with.
+        """
         scgpt = scgpt if isinstance(scgpt, ScGPT) else ScGPT.from_folder(scgpt)
         if scgpt.dim != self.dim:
             raise ValueError(f"The scGPT checkpoint embeds to {scgpt.dim} numbers, this model takes {self.dim}.")
-        self._scgpt = [scgpt]
+        wanted = "" if self.provenance is None else self.provenance.sha256
+        given = "" if scgpt.provenance is None else scgpt.provenance.sha256
+        if wanted and given != wanted and not other:
+            raise ValueError(
+                f"This is not the scGPT checkpoint the model was saved with: best_model.pt has SHA-256 {given or '?'}, "
+                f"recorded {wanted}. Its embeddings would mean something else to the model. Attach the recorded one, "
+                "or pass `other=True` if you mean it."
+            )
+        self._scgpt, self.provenance = [scgpt], scgpt.provenance
+
+    def _attached(self) -> ScGPT:
+        """Return the attached checkpoint, or the recorded one where it is still there."""
+        if not self._scgpt and self.provenance is not None and Path(self.provenance.folder).is_dir():
+            self.attach(self.provenance.folder)
+        if not self._scgpt:
+            recorded = self.provenance
+            lost = f" The one it was saved with is not in {recorded.folder} any more." if recorded is not None else ""
+            raise ValueError(
+                f"This model takes scGPT embeddings, and no scGPT checkpoint is attached.{lost} Call "
+                "`model.encoder('spot_gene').attach('path/to/scGPT_human')`; the folder holds args.json, vocab.json "
+                "and best_model.pt."
+            )
+        return self._scgpt[0]
 
     def preprocess(
         self,
@@ -559,14 +659,15 @@ class ScGPTEmbedding(GeneEncoder):
         statistics: Any = None,
     ) -> np.ndarray:
         """Embed counts over the vocabulary (their niche means with ``connectivities``) with the attached scGPT."""
-        if not self._scgpt:
-            raise ValueError(
-                "This model takes scGPT embeddings, and no scGPT checkpoint is attached. Call "
-                "`model.encoder('spot_gene').attach('path/to/scGPT_human')`; the folder holds args.json, vocab.json "
-                "and best_model.pt."
-            )
+        scgpt = self._attached()
         matrix = counts if connectivities is None else connectivities @ counts
-        return self._scgpt[0].embed(matrix, self.vocabulary)
+        before, here = scgpt.network.embedding.weight.device, self._place.device
+        # Moved outside any inference mode: its weights would come back as tensors that nothing else may use.
+        with torch.inference_mode(False):
+            try:
+                return scgpt.to(here).embed(matrix, self.vocabulary)
+            finally:
+                scgpt.to(before)
 
     def prompt(self, gene_index: np.ndarray) -> np.ndarray:
         """Embed a cell in which only these genes are expressed."""

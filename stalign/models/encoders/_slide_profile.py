@@ -61,9 +61,9 @@ class SlideProfile(GeneEncoder):
     Every step before the network uses the slide's own statistics and no label. Counts are normalised to 10,000 and
     log1p; each gene becomes a z-score over the slide's niches (or spots), weighted by how much of its variance
     survives averaging over a niche (above what noise alone would leave); the profile is projected onto the slide's
-    leading niche components, which removes what does not vary over tissue; and each gene's share is laid along the
-    gene's own fixed direction, so that slides with different genes land in one space. The last step is a random
-    projection in the sense of Johnson and Lindenstrauss (1984), hence keeps distances.
+    leading niche components, which removes what does not vary over tissue; and the components are laid along the fixed
+    directions of their genes, so that slides with different genes land in one space. The directions of a slide's components
+    are turned against each other as little as makes them orthogonal, so that distances on a slide are kept exactly.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ class SlideProfile(GeneEncoder):
         weight = self._spatial_weight(niche_graph, spot_sd, niche_sd)
         spot_scale, niche_scale = _safe_ratio(weight, spot_sd), _safe_ratio(weight, niche_sd)
         components = self._components(niche_graph, expression, niche_mean, niche_scale, genes)
-        to_input = components @ (components.T @ self._table()[genes])
+        to_input = components @ _isometry(components.T @ self._table()[genes])
         spot_map, niche_map = spot_scale[:, None] * to_input, niche_scale[:, None] * to_input
         spot_shift, niche_shift = spot_mean @ spot_map, niche_mean @ niche_map
         spot_factor = self._unit_factor(expression[sample] @ spot_map - spot_shift)
@@ -244,6 +244,12 @@ class SlideProfile(GeneEncoder):
 
     def _to_unit_scale(self, profile: np.ndarray) -> np.ndarray:
         return (profile * self._unit_factor(profile[None])).astype(np.float32)
+
+
+def _isometry(matrix: np.ndarray) -> np.ndarray:
+    """Nearest matrix (r, d) with orthonormal rows (the polar factor)."""
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    return left @ right
 
 
 def _cut(expression: sp.csr_matrix, ceiling: np.ndarray) -> sp.csr_matrix:

@@ -51,6 +51,9 @@ class ViT(ImageEncoder):
         of ST-Align's authors.
     layout
         Names in the pretrained file: timm's, or those of the DINOv2 models of ``transformers``.
+    size
+        Side in pixels that patches are resampled to, a multiple of ``patch_size``; ``None`` is ``img_size``, which the
+        weights were trained at. At another size the position embedding is resampled (bicubic, antialiased).
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ViT(ImageEncoder):
         pool: Pool = "cls",
         front: Front = "imagenet",
         layout: Layout = "timm",
+        size: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -77,14 +81,17 @@ class ViT(ImageEncoder):
         check_choice("pool", pool, get_args(Pool))
         check_choice("layout", layout, get_args(Layout))
         check_choice("mlp", mlp, get_args(Mlp))
-        super().__init__(mean=mean, std=std, size=None if front == "published" else img_size)
+        size = img_size if size is None else size
+        if size % patch_size:
+            raise ValueError(f"size must be a multiple of patch_size ({patch_size}), got {size}.")
+        super().__init__(mean=mean, std=std, size=None if front == "published" else size)
         from functools import partial
 
         from timm.layers import SwiGLUPacked
         from timm.models.vision_transformer import VisionTransformer
 
         swiglu = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if mlp == "swiglu" else {}
-        self.front = TrainableFront(img_size) if front == "published" else nn.Identity()
+        self.front = TrainableFront(size) if front == "published" else nn.Identity()
         self.vit = VisionTransformer(
             img_size=img_size,
             patch_size=patch_size,
@@ -100,6 +107,7 @@ class ViT(ImageEncoder):
             num_classes=0,
             **swiglu,
         )
+        self.patch_size = patch_size
         self.pool = pool
         self.layout = layout
         self.n_prefix = 1 + reg_tokens
@@ -110,8 +118,14 @@ class ViT(ImageEncoder):
         yield self.vit
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map (n, 3, height, width) to (n, dim)."""
-        tokens = self.vit.forward_features(self.front(images))
+        """Map (n, 3, height, width), sides multiples of the patch size behind the front, to (n, dim)."""
+        images = self.front(images)
+        if any(side % self.patch_size for side in images.shape[-2:]):
+            raise ValueError(
+                f"Images must have sides that are multiples of {self.patch_size} px, got {tuple(images.shape[-2:])}. "
+                "`preprocess` resamples patches to the right size."
+            )
+        tokens = self.vit.forward_features(images)
         if self.pool == "cls":
             return tokens[:, 0]
         return torch.cat([tokens[:, 0], tokens[:, self.n_prefix :].mean(dim=1)], dim=-1)

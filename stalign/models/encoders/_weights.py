@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from stalign.models.encoders._registry import EncoderEntry, build_image_encoder,
 from stalign.models.encoders._timm import TimmEncoder
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+# What timm's config.json says of a vision transformer and our class takes; the rest of it is not ours.
+_VIT_ARGS = (
+    "img_size",
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "norm_eps",
+    "reg_tokens",
+    "no_embed_class",
+)
 
 
 def load_image_encoder(
@@ -32,13 +45,16 @@ def load_image_encoder(
         ``"uni"``, ``"uni2-h"``, ``"virchow2"``, ``"h-optimus-0"``, ``"phikon-v2"``, or any name that timm knows.
     weights
         A local file (``.safetensors``, or what ``torch.save`` writes, read without executing it) or the folder that
-        holds it. ``None``: the encoder's repository on the Hub, kept in ``settings.cache_dir``.
+        holds it. ``None``: the encoder's repository on the Hub, kept in ``settings.cache_dir``. A ``config.json``
+        beside the file may state other sizes of a vision transformer: ``img_size``, ``patch_size``, ``embed_dim``,
+        ``depth``, ``num_heads``, ``mlp_ratio``, ``norm_eps``, ``reg_tokens``, ``no_embed_class``, bare or under
+        ``model_args``.
     revision
         Branch, tag or commit on the Hub.
     local_files_only
         Never touch the network.
     **args
-        Arguments of the encoder.
+        Arguments of the encoder; they go before those of a ``config.json``.
 
     Returns
     -------
@@ -54,8 +70,8 @@ def load_image_encoder(
         If they are damaged or belong to another architecture.
     """
     # Found before a network of gigabytes is built.
-    found = _find(name, args.get("model"), weights, revision=revision, local_files_only=local_files_only)
-    encoder = build_image_encoder(name, **args)
+    found = find_weights(name, args.get("model"), weights, revision=revision, local_files_only=local_files_only)
+    encoder = build_image_encoder(name, **{**stated_args(name, found[0]), **args})
     _fill(encoder, name, *found)
     return encoder.eval()
 
@@ -67,21 +83,55 @@ def fill_image_encoder(
     *,
     revision: str | None = None,
     local_files_only: bool | None = None,
+    commit: str | None = None,
 ) -> None:
-    """Fill an encoder in place; it is left as it was if anything is wrong."""
+    """Fill an encoder in place; it is left as it was if anything is wrong.
+
+    ``commit`` is given for ``weights`` that :func:`find_weights` has found.
+    """
+    if weights is not None and commit is not None:
+        _fill(encoder, name, Path(weights), commit)
+        return
     model = encoder.model_name if isinstance(encoder, TimmEncoder) else None
-    _fill(encoder, name, *_find(name, model, weights, revision=revision, local_files_only=local_files_only))
+    _fill(encoder, name, *find_weights(name, model, weights, revision=revision, local_files_only=local_files_only))
 
 
 def _fill(encoder: ImageEncoder, name: str, path: Path, commit: str) -> None:
-    from stalign.models._checkpoint import check_state, sha256
+    from stalign.models._checkpoint import check_finite, check_state, sha256
 
     state = encoder.convert(read_weights(path))
     check_state(state, encoder.backbone.state_dict(), what=f"{path} for encoder {name!r}")
+    check_finite(state, path)
     encoder.backbone.load_state_dict(state, strict=True)
     digest = sha256(path)
     encoder.provenance = Provenance(name=name, revision=commit or digest[:12], sha256=digest, folder=str(path.parent))
     logger.info("Loaded weights of encoder %r from %s", name, path)
+
+
+def stated_args(name: str, path: Path) -> dict[str, Any]:
+    """Return the sizes that a ``config.json`` beside a vision transformer's weights states.
+
+    Raises
+    ------
+    ValueError
+        If the file is no JSON object, or states something that is no number.
+    """
+    file = path.parent / "config.json"
+    if not find_image_encoder(name).factory.endswith(":ViT") or not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}). It is truncated or corrupt.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
+    nested = content.get("model_args")
+    stated = {**content, **(nested if isinstance(nested, dict) else {})}
+    args = {key: stated[key] for key in _VIT_ARGS if key in stated}
+    for key, value in args.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{file}: {key} must be a number, got {value!r}.")
+    return args
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +144,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return unwrap(read_torch(path), what=str(path))
 
 
-def _find(
+def find_weights(
     name: str,
     model: str | None,
     weights: str | Path | None,
