@@ -43,8 +43,8 @@ def training(path: str | Path, *, smooth: int = 5) -> np.ndarray:
     import matplotlib.pyplot as plt
 
     log = read_training_log(path)
-    terms = [column for column in log if column.startswith(_TRAIN)]
-    measured = [column for column in log if column.startswith(_VALIDATION)]
+    terms = [str(column) for column in log.columns if str(column).startswith(_TRAIN)]
+    measured = [str(column) for column in log.columns if str(column).startswith(_VALIDATION)]
     figure, axes = plt.subplots(1, 1 + bool(measured), figsize=(5.5 * (1 + bool(measured)), 4), squeeze=False)
     _curves(axes[0, 0], log, terms, prefix=_TRAIN, smooth=smooth)
     axes[0, 0].set(xlabel="step", ylabel="weighted loss", title="Training", yscale="log")
@@ -74,5 +74,5 @@ def _curves(axes: Axes, log: pd.DataFrame, columns: list[str], *, prefix: str, s
         curve = values[column].rolling(smooth, min_periods=1).mean()
         label = column.removeprefix(prefix).removesuffix("/recall_at_5_percent")
         axes.plot(values["step"], curve, label=label, color="black" if label == "loss" else None)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(fontsize="small", loc="best")
     axes.spines[["top", "right"]].set_visible(False)

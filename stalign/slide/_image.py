@@ -96,7 +96,7 @@ class SlideImage(ABC):
 
     @property
     def background(self) -> np.ndarray:
-        """Colour of the empty slide, (3,) uint8: the most frequent bright and grey tone, else white."""
+        """Colour of the empty slide, (3,) uint8; the most frequent bright and grey tone, else white."""
         if self._background is None:
             self._background = bright_mode(self._overview())
         return self._background

@@ -16,16 +16,28 @@ from stalign.slide._patches import read_patches
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+
+def find_niche_record(adata: AnnData) -> Mapping[str, Any] | None:
+    """Return ``uns["stalign"]["niche"]``; ``None`` if :func:`stalign.pp.extract_niches` has not run."""
+    return adata.uns.get(Key.UNS, {}).get(Key.uns.NICHE)
 
 
 def niche_record(adata: AnnData) -> Mapping[str, Any]:
     """Return ``uns["stalign"]["niche"]``, or say that :func:`stalign.pp.extract_niches` must run first."""
-    record = adata.uns.get(Key.UNS, {}).get(Key.uns.NICHE)
+    record = find_niche_record(adata)
     if record is None:
         raise KeyError(
             f"`adata.uns[{Key.UNS!r}][{Key.uns.NICHE!r}]` is missing: run `stalign.pp.extract_niches(adata)` first."
         )
     return record
+
+
+def niche_graph(adata: AnnData) -> csr_matrix:
+    """Return the graph that the niche record names; row i is the niche of spot i."""
+    key = Key.connectivities(str(niche_record(adata)["params"]["key_added"]))
+    return require_key(adata.obsp, key, where="adata.obsp", hint="Run `stalign.pp.extract_niches(adata)` again.")
 
 
 def recorded_libraries(adata: AnnData) -> tuple[np.ndarray, list[str]]:
@@ -82,6 +94,8 @@ class PatchReader:
         (n_obs,) bool: whether the spot's library has an image.
     codes, libraries
         (n_obs,) number of the spot's library, and the names.
+    coordinates
+        (n_obs, 2) float64 (x, y) in full-resolution pixels.
 
     Examples
     --------
@@ -93,7 +107,7 @@ class PatchReader:
         record = niche_record(adata)
         self._adata = adata
         self._entries = record["libraries"]
-        self._coordinates = get_coordinates(adata, str(record["params"]["spatial_key"]))
+        self.coordinates = get_coordinates(adata, str(record["params"]["spatial_key"]))
         self.codes, self.libraries = recorded_libraries(adata)
         with_image = np.array([self._entries[name]["image"] != "none" for name in self.libraries], dtype=bool)
         self.has_image = with_image[self.codes]
@@ -121,7 +135,7 @@ class PatchReader:
 
     def centers(self, index: np.ndarray, library: str) -> np.ndarray:
         """Return patch centres (x, y) in pixels of the library's image, (n, 2) float64."""
-        return self._coordinates[index] * float(self._entries[library]["image_scale"])
+        return self.coordinates[index] * float(self._entries[library]["image_scale"])
 
     def side(self, um: float, library: str) -> float:
         """Return the side in image pixels of a patch of ``um`` µm."""
@@ -173,7 +187,7 @@ class PatchReader:
         for code, library in enumerate(self.libraries):
             here = np.flatnonzero((self.codes == code) & self.has_image)
             if len(here):
-                sample = here[spread_over_slide(self._coordinates[here])]
+                sample = here[spread_over_slide(self.coordinates[here])]
                 statistics[library] = colour_statistics(self.read(sample, um, pixels))
         return statistics
 

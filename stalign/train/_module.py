@@ -118,12 +118,23 @@ class Alignment(lightning.LightningModule):
     def _structure(self, output: STAlignOutput, profile: torch.Tensor) -> torch.Tensor:
         if output.spot is None or output.niche is None:
             raise ValueError("The structure term needs both fused embeddings.")
-        return structure_loss(output.spot, profile) + structure_loss(output.niche, profile)
+        unit = self.model.config.unit_fused
+        return structure_loss(output.spot, profile, unit=unit) + structure_loss(output.niche, profile, unit=unit)
 
     def _rotated_structure(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """Structure of profiles in which every gene has another direction; half of the time beside the slide's images.
+
+        An image that has nothing to do with the genes must not bend their geometry.
+        """
         rotation = random_rotation(batch.profile.shape[1], generator).to(batch.profile)
         spot = batch.profile if batch.spot_gene is None else batch.spot_gene
-        output = self.model(spot_gene=spot @ rotation, niche_gene=batch.profile @ rotation)
+        with_image = bool(torch.rand((), generator=generator) < 0.5)
+        output = self.model(
+            spot_image=batch.spot_image if with_image else None,
+            spot_gene=spot @ rotation,
+            niche_image=batch.niche_image if with_image else None,
+            niche_gene=batch.profile @ rotation,
+        )
         return self._structure(output, batch.profile)
 
     # -- validation --------------------------------------------------------------------------------------------------

@@ -115,8 +115,8 @@ def masked_info_nce(
     return nn.functional.cross_entropy(logits.masked_fill(~keep, _OFF), torch.arange(len(logits), device=logits.device))
 
 
-def structure_loss(embedding: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the cosine similarities within a batch, before and after the network.
+def structure_loss(embedding: torch.Tensor, profile: torch.Tensor, *, unit: bool = True) -> torch.Tensor:
+    """Mean squared difference of the similarities within a batch, before and after the network.
 
     It asks the embedding to keep the geometry of the smoothed expression profiles (similarity distillation).
 
@@ -125,7 +125,17 @@ def structure_loss(embedding: torch.Tensor, profile: torch.Tensor) -> torch.Tens
     embedding
         (n, d) output of the network.
     profile
-        (n, p) niche expression profiles of the same spots.
+        (n, p) niche expression profiles of the same spots, with a mean norm of sqrt(p).
+    unit
+        Compare cosines. Otherwise inner products, so that lengths are kept, too; a profile of mean norm then asks for an
+        embedding of norm one.
+
+    Returns
+    -------
+    Scalar.
     """
-    ours, theirs = nn.functional.normalize(embedding, dim=-1), nn.functional.normalize(profile, dim=-1)
-    return nn.functional.mse_loss(ours @ ours.T, theirs @ theirs.T)
+    if unit:
+        embedding, profile = nn.functional.normalize(embedding, dim=-1), nn.functional.normalize(profile, dim=-1)
+    else:
+        profile = profile / profile.shape[1] ** 0.5
+    return nn.functional.mse_loss(embedding @ embedding.T, profile @ profile.T)

@@ -90,3 +90,11 @@ def test_structure_loss_is_zero_for_a_rotation():
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
     assert float(structure_loss(profile @ rotation, profile)) == pytest.approx(0.0, abs=1e-10)
     assert float(structure_loss(nn.functional.relu(profile), profile)) > 0.01
+
+
+def test_structure_loss_with_lengths_sees_a_change_of_scale():
+    profile = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    same = profile / 6**0.5
+    assert float(structure_loss(same, profile, unit=False)) == pytest.approx(0.0, abs=1e-10)
+    assert float(structure_loss(2 * same, profile, unit=False)) > 0.1
+    assert float(structure_loss(2 * same, profile)) == pytest.approx(0.0, abs=1e-10)
