@@ -244,7 +244,9 @@ class ModelConfig:
     ``"library"``, those of the slide's spot patches, which takes most of the difference between stainings away.
 
     ``unit_fused`` says whether the fused embeddings are scaled to unit norm, as those of a purely contrastive model should
-    be; a model that was trained to keep distances leaves their length as it is.
+    be; a model that was trained to keep distances leaves their length as it is. ``niche_bypass`` adds the niche gene
+    encoder's input to the fused niche embedding, so that the network learns what to add to it and tissue it never saw
+    loses nothing.
 
     Examples
     --------
@@ -268,6 +270,7 @@ class ModelConfig:
     missing: Missing = "single"
     colour: Colour = "fixed"
     unit_fused: bool = True
+    niche_bypass: bool = False
     prediction: PredictionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -279,6 +282,7 @@ class ModelConfig:
         check_choice("missing", self.missing, get_args(Missing))
         check_choice("colour", self.colour, get_args(Colour))
         _check_bool("unit_fused", self.unit_fused)
+        _check_bool("niche_bypass", self.niche_bypass)
         if self.width % 2:
             raise ValueError(f"width must be even, since the fusion network joins two halves; got {self.width}.")
         tokens = set(self.prediction.inputs if self.prediction is not None else ()) & {"niche_image", "niche_gene"}

@@ -176,6 +176,8 @@ class STAlign(nn.Module):
         self.heads = nn.ModuleDict(
             {name: ProjectionHead(config.n_tokens, config.width, config.heads) for name in with_head}
         )
+        if config.niche_bypass:
+            self._start_at_bypass()
         self.missing_tokens = nn.ParameterDict()
         if config.missing == "tokens":
             for name in BRANCHES:
@@ -298,8 +300,14 @@ class STAlign(nn.Module):
                 for name, t in tokens.items()
             },
             spot=self._fuse("spot", tokens),
-            niche=self._fuse("niche", tokens),
+            niche=self._bypass(self._fuse("niche", tokens), niche_gene),
         )
+
+    def _bypass(self, fused: torch.Tensor | None, profile: torch.Tensor | None) -> torch.Tensor | None:
+        """Add the niche profile, whose mean norm is the square root of its width, at a mean norm of one."""
+        if fused is None or profile is None or not self.config.niche_bypass:
+            return fused
+        return fused + profile.to(fused.dtype) / profile.shape[1] ** 0.5
 
     def _fuse(self, scale: str, tokens: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
         image, gene = tokens[f"{scale}_image"], tokens[f"{scale}_gene"]
@@ -309,6 +317,20 @@ class STAlign(nn.Module):
         gene = self._stand_in(f"{scale}_gene", image) if gene is None else gene
         fusion = self.spot_fusion if scale == "spot" else self.niche_fusion
         return self.heads[scale](fusion(image, gene))
+
+    def _start_at_bypass(self) -> None:
+        """Let the fused niche embedding start as the niche profile: the last layers of its head are zero."""
+        dim = self.encoder("niche_gene").input_dim
+        if self.config.heads.out != dim:
+            raise ValueError(
+                f"config.niche_bypass needs heads.out ({self.config.heads.out}) to equal the width of the niche gene "
+                f"encoder's input ({dim})."
+            )
+        head = self.heads["niche"]
+        last = head.mlp if isinstance(head.mlp, nn.Linear) else head.mlp[-1]
+        for layer in filter(None, (last, head.skip)):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def _stand_in(self, name: str, other: torch.Tensor | None) -> torch.Tensor:
         """Tokens in place of the absent side ``name``, given those of the other side."""

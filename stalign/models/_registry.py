@@ -71,6 +71,7 @@ def _mini() -> ModelConfig:
         missing="tokens",
         colour="library",
         unit_fused=False,
+        niche_bypass=True,
     )
 
 

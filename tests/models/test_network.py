@@ -190,3 +190,19 @@ def test_preprocess_genes(tiny, genes):
     np.testing.assert_allclose(spot, expected, rtol=1e-6)
     np.testing.assert_allclose(niche, np.repeat(expected.mean(axis=0, keepdims=True), 2, axis=0), rtol=1e-6)
     assert spot.dtype == niche.dtype == np.float32
+
+
+def test_an_untrained_bypass_is_the_niche_profile():
+    genes = tuple(f"G{i}" for i in range(50))
+    model = models.STAlign(models.config("mini"), genes=genes).eval()
+    profile = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    output = model(spot_gene=profile, niche_gene=profile)
+    torch.testing.assert_close(output.niche, profile / 16)
+    torch.testing.assert_close(model.embedding(output, "niche"), profile / 16)
+    fused = model.embedding(output, "fused")
+    torch.testing.assert_close(fused, torch.cat([output.spot, output.niche], dim=1) / 2**0.5)
+
+
+def test_a_bypass_needs_heads_of_its_width():
+    with pytest.raises(ValueError, match=r"heads\.out \(64\)"):
+        models.STAlign(models.config("mini").updated({"heads": {"out": 64}}), genes=("A", "B"))

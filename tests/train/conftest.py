@@ -59,7 +59,7 @@ def tiny_config(tmp_path) -> PretrainConfig:
                     "spot_gene": {"args": {"dim": 16, "hidden": 16}},
                     "niche_gene": {"args": {"dim": 16, "hidden": 16}},
                     "fusion": {"heads": 2, "head_dim": 8, "hidden": 8},
-                    "heads": {"hidden": 16, "out": 8},
+                    "heads": {"hidden": 16, "out": 16},
                 },
             },
             "objective": {"structure": 1.0, "rotated": 0.5, "n_clusters": 2},
