@@ -173,7 +173,7 @@ class BranchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """The fusion network (ABFN): attention heads, hidden width of its feed-forward, dropout, residual, final norm or not."""
+    """The fusion network (ABFN): attention heads, hidden width of its feed-forward, dropout, residual, final norm."""
 
     heads: int = 8
     head_dim: int = 64
@@ -243,10 +243,9 @@ class ModelConfig:
     ``colour`` says what pixels are normalised with: ``"fixed"``, the encoders' own mean and standard deviation;
     ``"library"``, those of the slide's spot patches, which takes most of the difference between stainings away.
 
-    ``unit_fused`` says whether the fused embeddings are scaled to unit norm, as those of a purely contrastive model should
-    be; a model that was trained to keep distances leaves their length as it is. ``niche_bypass`` adds the niche gene
-    encoder's input to the fused niche embedding, so that the network learns what to add to it and tissue it never saw
-    loses nothing.
+    ``unit_fused`` says whether the fused embeddings are scaled to unit norm, as those of a purely contrastive model
+    should be; a model that was trained to keep distances leaves their length as it is. ``niche_bypass`` adds the niche
+    gene encoder's input to the fused niche embedding, so that the network learns what to add to it.
 
     Examples
     --------

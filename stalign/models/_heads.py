@@ -23,6 +23,13 @@ class ProjectionHead(nn.Module):
         )
         self.skip = nn.Linear(dim, config.out, bias=False) if config.skip else None
 
+    def start_at_zero(self) -> None:
+        """Set the last layers to zero, so that the embedding starts at zero."""
+        last = self.mlp[-1] if isinstance(self.mlp, nn.Sequential) else self.mlp
+        for layer in (last, self.skip):
+            for parameter in [] if layer is None else layer.parameters():
+                nn.init.zeros_(parameter)
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map (n, T, width) to (n, out)."""
         pooled = tokens.flatten(1) if self.pool == "flatten" else tokens.mean(dim=1)

@@ -326,11 +326,7 @@ class STAlign(nn.Module):
                 f"config.niche_bypass needs heads.out ({self.config.heads.out}) to equal the width of the niche gene "
                 f"encoder's input ({dim})."
             )
-        head = self.heads["niche"]
-        last = head.mlp if isinstance(head.mlp, nn.Linear) else head.mlp[-1]
-        for layer in filter(None, (last, head.skip)):
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+        cast("ProjectionHead", self.heads["niche"]).start_at_zero()
 
     def _stand_in(self, name: str, other: torch.Tensor | None) -> torch.Tensor:
         """Tokens in place of the absent side ``name``, given those of the other side."""
@@ -348,8 +344,8 @@ class STAlign(nn.Module):
         output
             What :meth:`forward` returned.
         part
-            ``"image"`` or ``"gene"``: the aligned pair, spot and niche joined by ``join_scales``, unit norm. ``"spot"`` or
-            ``"niche"``: the fused embedding of a scale, and ``"fused"``: both side by side; unit norm if
+            ``"image"`` or ``"gene"``: the aligned pair, spot and niche joined by ``join_scales``, unit norm.
+            ``"spot"`` or ``"niche"``: the fused embedding of a scale, and ``"fused"``: both side by side; unit norm if
             ``config.unit_fused``.
         """
         if part in ("image", "gene"):

@@ -16,6 +16,7 @@ from stalign.tl._slots import (
     centre_by_library,
     check_same_space,
     embed_record,
+    model_params,
     present,
     read_embedding,
     recorded_model,
@@ -59,11 +60,11 @@ def zero_shot_annotate(
 ) -> AnnData | None:
     """Give every spot one of the labels, with no training.
 
-    By marker genes: the gene side of the model embeds "these genes are high", and a label's score is the cosine with the
-    spot's image side, its gene side, or the mean of those that are there. By reference: a label's prototype is the mean
-    unit embedding of its spots in an annotated AnnData, both slides centred first, since slides differ in their mean more
-    than by tissue. Scores are standardised over the spots of each library, label by label, which makes labels comparable,
-    and turned into shares by a softmax.
+    By marker genes: the gene side of the model embeds "these genes are high", and a label's score is the cosine with
+    the spot's image side, its gene side, or the mean of those that are there. By reference: a label's prototype is the
+    mean unit embedding of its spots in an annotated AnnData, every library centred first, since slides differ in their
+    mean more than by tissue. Scores are standardised over the spots of each library, label by label, which makes labels
+    comparable, and turned into shares by a softmax.
 
     Parameters
     ----------
@@ -82,8 +83,8 @@ def zero_shot_annotate(
     threshold
         Spots whose confidence is below are ``"unassigned"``.
     temperature
-        Of the softmax, in standard deviations: the smaller, the more confident. The order of the labels does not depend
-        on it.
+        Of the softmax, in standard deviations: the smaller, the more confident. The order of the labels does not
+        depend on it.
     use_rep
         ``key_added`` of :func:`stalign.tl.embed`.
     model
@@ -103,7 +104,8 @@ def zero_shot_annotate(
     - ``obs["stalign_annotation_confidence"]``: float32, share of the label
     - ``obsm["stalign_annotation_score"]``: DataFrame (n_obs, labels) float32, rows sum to 1; rows of NaN for spots that
       lack the modality
-    - ``uns["stalign"]["annotation"]``: parameters, labels, markers or reference, model
+    - ``uns["stalign"]["annotation"]``: ``labels``, and in their order ``markers`` (known to the model, one string a
+      label) or ``n_reference`` (spots); parameters, model
 
     Raises
     ------
@@ -151,7 +153,7 @@ def _by_markers(
     if label_key is not None or isinstance(labels, str):
         column = labels if label_key is None else label_key
         raise ValueError(f"The column {column!r} of which AnnData? Pass `reference=...`, or a dict of marker genes.")
-    markers = check_markers(labels)
+    markers = _check_markers(labels)
     sides = {side: read_embedding(adata, side, use_rep) for side in _sides(adata, modality, use_rep)}
     record = embed_record(adata, use_rep)
     network = recorded_model(adata, model, use_rep)
@@ -162,18 +164,14 @@ def _by_markers(
         "source": "markers",
         "modality": modality,
         "sides": list(sides),
-        "markers": {label: [str(gene) for gene in network_genes(network, places)] for label, places in index.items()},
+        # Lists beside `labels`: a label such as "T/NK" would be a path as a key in an .h5ad file.
+        "markers": [", ".join(network.genes[place] for place in places) for places in index.values()],
         "adapted_to_slide": adapted,
     }
-    return _Scores(_mean_of_present(scores), list(markers), {**params, **_model_params(record)})
+    return _Scores(_mean_of_present(scores), list(markers), {**params, **model_params(record)})
 
 
-def network_genes(model: STAlign, places: np.ndarray) -> list[str]:
-    """Return the symbols at some places of the vocabulary."""
-    return [model.genes[place] for place in places]
-
-
-def check_markers(labels: Any) -> dict[str, list[str]]:
+def _check_markers(labels: Any) -> dict[str, list[str]]:
     """Return marker genes by label as a dict of lists."""
     if labels is None:
         raise ValueError("labels is missing: pass a dict of marker genes, or `reference=...` with `label_key=...`.")
@@ -207,7 +205,8 @@ def _cosine(values: np.ndarray, prompts: np.ndarray, codes: np.ndarray) -> np.nd
     """(n, labels) cosine of each spot with its library's prompts."""
     if values.shape[1] != prompts.shape[2]:
         raise ValueError(
-            f"The embedding has {values.shape[1]} dimensions, the prompts have {prompts.shape[2]}: another model made it."
+            f"The embedding has {values.shape[1]} dimensions, the prompts have {prompts.shape[2]}: another model made "
+            "it. Pass the model that did as `model=...`, or run `sta.tl.embed(adata, model=...)` again."
         )
     scores = np.empty((len(values), prompts.shape[1]), dtype=np.float32)
     for code in np.unique(codes):
@@ -249,8 +248,8 @@ def _by_reference(
     check_same_space(record, embedded.record, our_name="adata", their_name="reference")
     if query.shape[1] != embedded.values.shape[1]:
         raise ValueError(
-            f"`adata` is embedded in {query.shape[1]} dimensions, `reference` in {embedded.values.shape[1]}: two models "
-            "made them. Embed both with the same one."
+            f"`adata` is embedded in {query.shape[1]} dimensions, `reference` in {embedded.values.shape[1]}: two "
+            "models made them. Embed both with the same one."
         )
     kept = known & present(embedded.values)
     if not kept.any():
@@ -263,9 +262,9 @@ def _by_reference(
         "source": "reference",
         "modality": modality,
         "label_key": column,
-        "n_reference": {name: int((label_codes == code).sum()) for code, name in enumerate(names)},
+        "n_reference": np.bincount(label_codes, minlength=len(names)),
     }
-    return _Scores(scores, names, {**params, **_model_params(record)})
+    return _Scores(scores, names, {**params, **model_params(record)})
 
 
 def _label_column(labels: Any, label_key: str | None) -> str:
@@ -289,10 +288,6 @@ def _categories(values: pd.Series) -> tuple[list[str], np.ndarray]:
         return [str(name) for name in values.cat.categories], values.cat.codes.to_numpy()
     codes, names = pd.factorize(values.astype(str), sort=True)
     return [str(name) for name in names], codes
-
-
-def _model_params(record: Mapping[str, Any]) -> dict[str, str]:
-    return {"model": str(record["model"]), "sha256": str(record["sha256"])} if record else {}
 
 
 def standardise(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -319,14 +314,14 @@ def _write(adata: AnnData, shares: np.ndarray, scores: _Scores, threshold: float
     there = present(shares)
     confidence = np.full(len(shares), np.nan, dtype=np.float32)
     confidence[there] = shares[there].max(axis=1)
-    best = np.full(len(shares), -1)
+    best = np.full(len(shares), -1, dtype=np.intp)
     best[there] = shares[there].argmax(axis=1)
     low = ~there | (confidence < threshold if threshold is not None else False)
     names = list(scores.labels)
     if low.any():
         best[low] = len(names)
         names.append(UNASSIGNED)
-    adata.obs[key_added] = pd.Categorical.from_codes(best, categories=names)
+    adata.obs[key_added] = pd.Categorical.from_codes(best, categories=pd.Index(names))
     adata.obs[f"{key_added}_confidence"] = confidence
     adata.obsm[f"{key_added}_score"] = pd.DataFrame(shares, index=adata.obs_names, columns=scores.labels)
     record = {**scores.params, "labels": list(scores.labels), "key_added": key_added}

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import check_choice, listing, require_key
 from stalign.genes import GeneMatch, aggregate, check_counts, row_normalise
-from stalign.slide._library import PatchReader, niche_record
+from stalign.slide._library import PatchReader, niche_graph, niche_record
 from stalign.tl._runtime import ModelIdentity, identify, inference, is_out_of_memory
 from stalign.tl._working import NicheArguments, WorkingCopy, working_copy
 
@@ -53,9 +52,9 @@ class _Genes(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Spots of one library that go through the model together."""
+    """Positions of spots of one library that go through the model together."""
 
-    index: np.ndarray
+    spots: np.ndarray
     library: str
     with_image: bool
 
@@ -85,9 +84,10 @@ def compute_embedding(
         match = _match(adata, model, raw, gene_symbols, organism, any_image=bool(has_image.any()))
         _check_something(adata, reader, has_image, match, modalities)
         colours = _colours(model, reader) if has_image.any() else {}
-        batches = plan_batches(reader, has_image, run.batch_size, niche_coordinates(working.adata))
+        batches = _plan_batches(reader, has_image, run.batch_size)
         with inference(model, run.device, run.amp):
-            # A gene encoder may run a network of its own here (scGPT does), on the device and in the precision asked for.
+            # A gene encoder may run a network of its own here (scGPT does), on the device and in the precision asked
+            # for.
             genes = None if match is None else _gene_inputs(model, raw, match, working.adata, reader.codes)
             matrices = _forward(model, reader, batches, genes, colours, outputs, run)
     identity = identify(model)
@@ -136,11 +136,10 @@ def _match(
             f"Model {model.config.name!r} has no vocabulary, so that counts mean nothing to it. Pass "
             "`modalities=('image',)`, or make the model with `genes=...`."
         )
-    names = {"gene_symbols": gene_symbols, "organism": organism}
     try:
-        return resolve_genes(adata, model.genes, **names)
+        return resolve_genes(adata, model.genes, gene_symbols=gene_symbols, organism=organism)
     except ValueError:
-        if not any_image or _covers_any(adata, model, **names):
+        if not any_image or _covers_any(adata, model, gene_symbols, organism):
             raise
     logger.warning(
         "None of the %d genes is in the model's vocabulary (the first: %s): embedded from the image alone.",
@@ -150,7 +149,8 @@ def _match(
     return None
 
 
-def _covers_any(adata: AnnData, model: STAlign, *, gene_symbols: str | None, organism: str | None) -> bool:
+def _covers_any(adata: AnnData, model: STAlign, gene_symbols: str | None, organism: str | None) -> bool:
+    """Whether at least one gene is in the vocabulary, be it below the floor."""
     from stalign.pp._genes import resolve_genes
 
     try:
@@ -180,8 +180,8 @@ def _check_something(
                 f"modalities=('gene',), but there are {no_counts}. Pass `layer=...`, or `modalities=('image',)`."
             )
         raise ValueError(
-            f"Nothing to embed: there is {no_image} and there are {no_counts}. Pass `image=...`, or put raw counts into "
-            "`adata.X` or a layer (`layer=...`)."
+            f"Nothing to embed: there is {no_image} and there are {no_counts}. Pass `image=...`, or put raw counts "
+            "into `adata.X` or a layer (`layer=...`)."
         )
     raise ValueError(
         f"Libraries {listing(without)} have no image, and genes are not used "
@@ -191,8 +191,7 @@ def _check_something(
 
 
 def _gene_inputs(model: STAlign, raw: Any, match: GeneMatch, light: AnnData, codes: np.ndarray) -> _Genes:
-    params = niche_record(light)["params"]
-    graph = row_normalise(light.obsp[Key.connectivities(str(params["key_added"]))])
+    graph = row_normalise(niche_graph(light))
     spot, niche = model.preprocess_genes(aggregate(raw, match), connectivities=graph, library=codes)
     return _Genes(match, spot, niche)
 
@@ -206,19 +205,14 @@ def _colours(model: STAlign, reader: PatchReader) -> dict[str, tuple[np.ndarray,
 # --- the forward passes ------------------------------------------------------------------------------------------
 
 
-def niche_coordinates(light: AnnData) -> np.ndarray:
-    """Return the coordinates that the niche record names."""
-    return np.asarray(light.obsm[str(niche_record(light)["params"]["spatial_key"])], dtype=np.float64)
-
-
-def plan_batches(reader: PatchReader, has_image: np.ndarray, batch_size: int, coordinates: np.ndarray) -> list[_Batch]:
+def _plan_batches(reader: PatchReader, has_image: np.ndarray, batch_size: int) -> list[_Batch]:
     """Group the spots into batches of one library, near ones together, so that a file is read in few places."""
     batches = []
     for code, library in enumerate(reader.libraries):
         here = np.flatnonzero(reader.codes == code)
         if not len(here):
             continue
-        order = here[_serpentine(coordinates[here], batch_size)]
+        order = here[_strips(reader.coordinates[here], batch_size)]
         batches += [
             _Batch(order[start : start + batch_size], library, bool(has_image[here[0]]))
             for start in range(0, len(order), batch_size)
@@ -226,7 +220,7 @@ def plan_batches(reader: PatchReader, has_image: np.ndarray, batch_size: int, co
     return batches
 
 
-def _serpentine(coordinates: np.ndarray, batch_size: int) -> np.ndarray:
+def _strips(coordinates: np.ndarray, batch_size: int) -> np.ndarray:
     """Order spots strip by strip; a strip is about as wide as a batch is long."""
     x, y = coordinates.T
     n_strips = max(1, round(np.sqrt(len(x) / batch_size)))
@@ -256,7 +250,7 @@ def _forward(
                     if name not in matrices:
                         matrices[name] = np.full((n_obs, block.shape[1]), np.nan, dtype=np.float32)
                     matrices[name][rows] = block
-            bar.update(len(batch.index))
+            bar.update(len(batch.spots))
     return {name: matrices[name] for name in outputs if name in matrices}
 
 
@@ -265,8 +259,8 @@ def _read(reader: PatchReader, model: STAlign, batch: _Batch) -> _Pixels | None:
         return None
     geometry = model.geometry
     return _Pixels(
-        reader.read(batch.index, geometry.spot_um, geometry.spot_pixels),
-        reader.read(batch.index, geometry.niche_um, geometry.niche_pixels),
+        reader.read(batch.spots, geometry.spot_um, geometry.spot_pixels),
+        reader.read(batch.spots, geometry.niche_um, geometry.niche_pixels),
     )
 
 
@@ -315,8 +309,8 @@ class _Passes:
     def __call__(self, batch: _Batch, pixels: _Pixels | None) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Yield (positions of spots, rows of every output) until the batch is through."""
         start = 0
-        while start < len(batch.index):
-            size = min(self.limit or len(batch.index), len(batch.index) - start)
+        while start < len(batch.spots):
+            size = min(self.limit or len(batch.spots), len(batch.spots) - start)
             part = slice(start, start + size)
             values = None
             try:
@@ -327,7 +321,7 @@ class _Passes:
             if values is None:  # out of memory; outside the handler, so that the failed pass is freed first
                 self._shrink(size)
                 continue
-            yield batch.index[part], values
+            yield batch.spots[part], values
             start += size
 
     def _shrink(self, size: int) -> None:
@@ -348,15 +342,15 @@ class _Passes:
             inputs["spot_image"] = self.model.preprocess_spot_image(spot, colour=colour)
             inputs["niche_image"] = self.model.preprocess_niche_image(niche, colour=colour)
         if self.genes is not None:
-            rows = batch.index[part]
+            rows = batch.spots[part]
             inputs["spot_gene"] = torch.from_numpy(self.genes.spot[rows]).to(self.device)
             inputs["niche_gene"] = torch.from_numpy(self.genes.niche[rows]).to(self.device)
         output = self.model(**inputs)
         values = {}
         for name in self.outputs:
-            matrix = getattr(output, name)
+            matrix = self.model.embedding(output, name)
             if matrix is not None:
-                values[name] = torch.nn.functional.normalize(matrix.float(), dim=-1).cpu().numpy()
+                values[name] = matrix.float().flatten(1).cpu().numpy()
         return values
 
 

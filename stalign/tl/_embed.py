@@ -66,8 +66,8 @@ def embed(
     layer
         Layer with the raw counts; ``None`` is ``X``.
     gene_symbols, organism
-        As in :func:`stalign.pp.match_genes`; ``None`` is what its last call on this AnnData was given, else ``var_names``
-        and ``"human"``.
+        As in :func:`stalign.pp.match_genes`; ``None`` is what its last call on this AnnData was given, else
+        ``var_names`` and ``"human"``.
     spatial_key, library_key
         Coordinates in ``obsm``, and column of ``obs`` that names each spot's library. ``None`` is what
         :func:`stalign.pp.extract_niches` was given, else ``"spatial"`` and one library.
@@ -88,15 +88,19 @@ def embed(
 
     Returns
     -------
-    ``None``, or with ``copy=True`` a new AnnData, with (n_obs, d) float32 matrices of unit rows, as far as ``outputs``
-    names them and the slide has what they need:
+    ``None``, or with ``copy=True`` a new AnnData, with (n_obs, d) float32 matrices, as far as ``outputs`` names
+    them and the slide has what they need:
 
     - ``obsm["X_stalign"]``: spot and niche, image and genes fused
-    - ``obsm["X_stalign_spot"]``, ``obsm["X_stalign_niche"]``: its two scales
-    - ``obsm["X_stalign_image"]``, ``obsm["X_stalign_gene"]``: the aligned pair; spot and niche side by side
+    - ``obsm["X_stalign_spot"]``, ``obsm["X_stalign_niche"]``: its two scales. These three have unit norm where the
+      model's config says so (``unit_fused``); those of ``stalign-mini`` keep distances, and are near zero for spots
+      near the slide's average
+    - ``obsm["X_stalign_image"]``, ``obsm["X_stalign_gene"]``: the aligned pair; spot and niche side by side, unit norm
     - ``uns["stalign"]["embed"]``: model, revision, SHA-256, package version, device, dtype, patch sizes, scale per
       library, gene coverage, input transform, modalities per library, colours per library
     - what :func:`stalign.pp.extract_niches` writes, where it was run
+
+    With another ``key_added`` the matrices begin with it, and the record is ``uns["stalign"]["embed_<key_added>"]``.
 
     Raises
     ------
@@ -105,6 +109,8 @@ def embed(
         counts.
     KeyError
         If a layer, coordinates, an image or a column are not there.
+    FileNotFoundError
+        If the image's file is gone.
 
     Notes
     -----
@@ -117,7 +123,7 @@ def embed(
     >>> adata = sta.datasets.synthetic_visium()
     >>> sta.tl.embed(adata)  # doctest: +SKIP
     >>> adata.obsm["X_stalign"].shape  # doctest: +SKIP
-    (1216, 256)
+    (1264, 512)
     """
     from stalign.tl._compute import MODALITIES, compute_embedding
     from stalign.tl._runtime import resolve_model

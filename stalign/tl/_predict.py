@@ -19,6 +19,7 @@ from stalign.tl._reference import reference_embedding
 from stalign.tl._slots import (
     check_same_space,
     embed_record,
+    model_params,
     present,
     read_embedding,
     recorded_model,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from stalign.models import STAlign
+    from stalign.models._heads import GenePrediction
 
 METHODS = ("head", "retrieval", "ridge")
 UNITS = "log1p of counts per 10,000"
@@ -74,27 +76,32 @@ def predict_expression(
     layer: str | None = None,
     use_rep: str = Key.obsm.EMBEDDING,
     model: str | Path | STAlign | None = None,
+    library_key: str | None = None,
     key_added: str = Key.layers.PREDICTED,
     copy: bool = False,
 ) -> AnnData | None:
     """Predict expression from the histology of spots and niches.
 
     - ``"head"``: the model's own head, trained with it; no reference is needed.
-    - ``"retrieval"``: the mean of the ``k`` reference spots whose gene side is nearest to the spot's image side, weighted
-      by a softmax of their cosines (Xie et al., BLEEP, NeurIPS 2023).
-    - ``"ridge"``: ridge regression from the reference's image side to its expression; the penalty is chosen by generalised
-      cross-validation (Golub, Heath and Wahba, Technometrics 21:215, 1979).
+    - ``"retrieval"``: the mean of the ``k`` reference spots whose gene side is nearest to the spot's image side,
+      weighted by a softmax of their cosines (Xie et al., BLEEP, NeurIPS 2023).
+    - ``"ridge"``: ridge regression from the reference's image side to its expression; the penalty is chosen by
+      generalised cross-validation (Golub, Heath and Wahba, Technometrics 21:215, 1979).
+
+    ``"head"`` and ``"ridge"`` centre the image side of every library first: they say where on a slide a gene is higher
+    or lower, and take its mean from the training or the reference slides. A library of fewer than 30 spots is compared
+    with the mean of those slides instead of its own, and says so in the log.
 
     Parameters
     ----------
     adata
         After :func:`stalign.tl.embed`, with an image.
     genes
-        What to predict: symbols, earlier symbols, aliases or Ensembl ids. ``None``: all genes of the head, or the 1,000 of
-        the reference that vary most.
+        What to predict: symbols, earlier symbols, aliases or Ensembl ids. ``None``: all genes of the head, or the 1,000
+        of the reference that vary most.
     reference
-        Slides with raw counts (and an image, for ``"ridge"``), embedded with the same model; they are embedded here, and
-        not changed, where they are not.
+        Slides with raw counts (and an image, for ``"ridge"``), embedded with the same model; they are embedded here,
+        and not changed, where they are not.
     method
         See above.
     k, temperature
@@ -105,6 +112,8 @@ def predict_expression(
         ``key_added`` of :func:`stalign.tl.embed`.
     model
         The model that embedded the spots; ``None`` loads the one that ``uns`` names.
+    library_key
+        Column of ``obs`` that names each spot's library; ``None`` is what the niches were made with.
     key_added
         Name of the slots written.
     copy
@@ -117,10 +126,10 @@ def predict_expression(
     - ``layers["stalign_predicted"]``: (n_obs, n_vars) float32 for the genes that are in ``var``, NaN for all others
     - ``obsm["stalign_predicted"]``: DataFrame (n_obs, genes) float32 for genes that are not in ``var``, and for all of
       them where the layer would have more than 2²⁸ values
-    - ``obsm["stalign_predicted_sd"]``: DataFrame (n_obs, genes) float32, the spread of the residuals (of the neighbours
-      with ``"retrieval"``)
-    - ``var["stalign_predicted_r"]``: float32, Pearson correlation with the measured counts over all spots; NaN for genes
-      that are not predicted or constant. Only where there are raw counts
+    - ``obsm["stalign_predicted_sd"]``: DataFrame (n_obs, genes) float32, the spread of the residuals (of the
+      neighbours with ``"retrieval"``)
+    - ``var["stalign_predicted_r"]``: float32, Pearson correlation with the measured expression over all embedded spots;
+      NaN for genes that are not predicted or constant. Only where there are raw counts
     - ``uns["stalign"]["prediction"]``: method, units, genes, parameters, model
 
     Spots of libraries without an image are NaN.
@@ -146,7 +155,7 @@ def predict_expression(
     wanted = _check_genes(genes)
     embedding = read_embedding(adata, "image", use_rep)
     there = present(embedding)
-    codes = spot_libraries(adata)[there]
+    codes = spot_libraries(adata, library_key)[there]
     measured = _measured(adata, layer)
     if method == "head":
         if reference is not None:
@@ -217,29 +226,34 @@ def _by_head(
     with inference(network, torch.device("cpu")):
         for code in np.unique(codes):
             slide = np.flatnonzero(codes == code)
-            centre = _slide_centre(network, embedding[slide])
+            centre = _slide_centre(network.config.heads.out, head, embedding[slide])
             for start in range(0, len(slide), _ROWS):
                 rows = slide[start : start + _ROWS]
-                halves = _halves(network, embedding[rows], head.inputs)
+                halves = _halves(embedding[rows], network.config.heads.out, head.inputs)
                 mean[rows] = head(halves, centre=centre).numpy()[:, index]
     sd = np.broadcast_to(head.sd.cpu().numpy()[index].astype(np.float32), mean.shape)
-    return _Prediction(mean, sd, names, {"method": "head", **_model_params(embed_record(adata, use_rep))})
+    return _Prediction(mean, sd, names, {"method": "head", **model_params(embed_record(adata, use_rep))})
 
 
-def _slide_centre(model: STAlign, embedding: np.ndarray) -> torch.Tensor | None:
+def _slide_centre(width: int, head: GenePrediction, embedding: np.ndarray) -> torch.Tensor | None:
     """Mean features of a slide; ``None`` where it has too few spots to say what its mean is."""
-    head = model.prediction
-    if head is None or len(embedding) < _MIN_SLIDE:
-        logger.info("%d spots are too few for a mean of their own: compared with the training slides'.", len(embedding))
+    if _is_too_small(len(embedding), "training"):
         return None
-    return head.features(_halves(model, embedding, head.inputs)).mean(dim=0)
+    return head.features(_halves(embedding, width, head.inputs)).mean(dim=0)
 
 
-def _halves(model: STAlign, embedding: np.ndarray, inputs: Sequence[str]) -> list[torch.Tensor]:
+def _is_too_small(n_spots: int, others: str) -> bool:
+    """Whether a library is compared with the mean of other slides; says so."""
+    if n_spots >= _MIN_SLIDE:
+        return False
+    logger.info("%d spots are too few for a mean of their own: compared with that of the %s slides.", n_spots, others)
+    return True
+
+
+def _halves(embedding: np.ndarray, width: int, inputs: Sequence[str]) -> list[torch.Tensor]:
     """Return the spot's and the niche's image embeddings, which the joined vector holds side by side."""
     import torch
 
-    width = model.config.heads.out
     halves = {"spot_image": embedding[:, :width], "niche_image": embedding[:, width:]}
     return [torch.from_numpy(unit_rows(halves[name])) for name in inputs]
 
@@ -269,7 +283,6 @@ def _references(
     slides = _as_list(reference, method)
     if any(slide is adata for slide in slides):
         logger.warning("The reference is the slide itself: the predictions have seen what they are compared with.")
-    known = [set(slide.var_names) for slide in slides]
     record = embed_record(adata, use_rep)
     names = _most_variable(slides, layer) if wanted is None else wanted
     side = "image" if method == "ridge" else "gene"
@@ -277,8 +290,9 @@ def _references(
     for number, slide in enumerate(slides):
         embedded = reference_embedding(slide, side, record, model, key=use_rep, query=adata, layer=layer)
         check_same_space(record, embedded.record, our_name="adata", their_name=f"reference {number}")
-        index = match_names(names, list(slide.var_names)).index
-        _refuse_unknown(names, index, sorted(known[number]), f"Reference {number} has", "Leave these genes out.")
+        known = list(slide.var_names)
+        index = match_names(names, known).index
+        _refuse_unknown(names, index, known, f"Reference {number} has", "Leave these genes out.")
         kept = present(embedded.values)
         expression = _log_normalised(_reference_counts(slide, layer, number), index)
         parts.append(_Reference(embedded.values[kept], sparse.csr_matrix(expression[np.flatnonzero(kept)])))
@@ -286,7 +300,7 @@ def _references(
         "method": method,
         "n_references": len(slides),
         "n_reference_spots": int(sum(len(part.embedding) for part in parts)),
-        **_model_params(record),
+        **model_params(record),
     }
     return parts, names, params
 
@@ -367,8 +381,8 @@ def _by_retrieval(
 def _check_width(embedding: np.ndarray, keys: np.ndarray) -> None:
     if embedding.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"`adata` is embedded in {embedding.shape[1]} dimensions, the reference in {keys.shape[1]}: two models made "
-            "them. Embed both with the same one."
+            f"`adata` is embedded in {embedding.shape[1]} dimensions, the reference in {keys.shape[1]}: two models "
+            "made them. Embed both with the same one."
         )
 
 
@@ -397,7 +411,7 @@ def _by_ridge(
     mean = np.empty((len(embedding), len(names)), dtype=np.float32)
     for code in np.unique(codes):
         slide = codes == code
-        centre = embedding[slide].mean(axis=0) if slide.sum() >= _MIN_SLIDE else feature_mean
+        centre = feature_mean if _is_too_small(int(slide.sum()), "reference") else embedding[slide].mean(axis=0)
         mean[slide] = target_mean + (embedding[slide] - centre) @ weight
     sd = np.broadcast_to(residual.astype(np.float32), mean.shape)
     return _Prediction(mean, sd, names, {**params, "penalty": float(penalty)})
@@ -452,10 +466,6 @@ def solve_ridge(
     return weight, penalty, np.sqrt(rest / (n - freedom))
 
 
-def _model_params(record: Mapping[str, Any]) -> dict[str, str]:
-    return {"model": str(record["model"]), "sha256": str(record["sha256"])} if record else {}
-
-
 # --- measured expression -----------------------------------------------------------------------------------------
 
 
@@ -475,7 +485,7 @@ def _measured(adata: AnnData, layer: str | None) -> Any:
 
 
 def _correlations(mean: np.ndarray, counts: Any, columns: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each predicted gene with its log-normalised counts; NaN for genes that are not in ``var``."""
+    """Pearson correlation of each predicted gene with its log-normalised counts; NaN for genes not in ``var``."""
     result = np.full(len(columns), np.nan, dtype=np.float32)
     here = np.flatnonzero(columns >= 0)
     if not len(here) or there.sum() < 2:

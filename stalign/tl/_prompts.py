@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import listing
 from stalign.genes import aggregate, input_kind, match_names, row_normalise
+from stalign.slide._library import find_niche_record, niche_graph
 from stalign.tl._slots import embed_record, unit_rows
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def prompt_embeddings(
 ) -> tuple[np.ndarray, bool]:
     """Embed every label's markers through the gene side of the model.
 
-    An encoder that compares spots with their slide describes "these genes are high" best in terms of the slide: where the
-    raw counts are still there, its statistics are taken from them.
+    An encoder that compares spots with their slide describes "these genes are high" best in terms of the slide: where
+    the raw counts are still there, its statistics are taken from them.
 
     Parameters
     ----------
@@ -125,45 +125,52 @@ def _embed_genes(model: STAlign, spot: np.ndarray, niche: np.ndarray) -> np.ndar
 
 
 def _fit(adata: AnnData, model: STAlign, codes: np.ndarray, *, key: str) -> tuple[Any, Any]:
-    """Return the slides' statistics of the two gene encoders; ``None`` where there are no counts or they need none."""
+    """Return the slides' statistics of the two gene encoders; ``None`` if there are no counts, or they need none."""
     data = _slide_counts(adata, model, key)
     if data is None:
         return None, None
     counts, graph = data
     niche = model.encoder("niche_gene").fit(counts, connectivities=graph, library=codes)
-    if model.config.spot_gene.encoder == model.config.niche_gene.encoder:
+    spot_config, niche_config = model.config.spot_gene, model.config.niche_gene
+    if (spot_config.encoder, spot_config.args) == (niche_config.encoder, niche_config.args):
         return niche, niche
     return model.encoder("spot_gene").fit(counts, connectivities=graph, library=codes), niche
 
 
 def _slide_counts(adata: AnnData, model: STAlign, key: str) -> tuple[csr_matrix, csr_matrix] | None:
-    """Return counts over the vocabulary and the niche graph, if both are still as the embedding used them."""
+    """Return counts over the vocabulary and the model's niche graph; ``None`` if the counts or the spots are gone.
+
+    The recorded graph may be that of another model that has embedded the slide since, or of more spots than are left:
+    then it is worked out again.
+    """
     from stalign.pp._genes import resolve_genes
+    from stalign.tl._working import NicheArguments, working_copy
 
     record = embed_record(adata, key)
-    niche = adata.uns.get(Key.UNS, {}).get(Key.uns.NICHE)
+    niche = find_niche_record(adata)
     if "gene" not in list(record.get("modalities", [])) or niche is None:
         return None
-    graph = Key.connectivities(str(niche["params"]["key_added"]))
     layer = str(record["layer"])
     raw = adata.layers.get(layer) if layer else adata.X
-    if raw is None or graph not in adata.obsp or input_kind(raw) != "counts":
-        logger.info("The raw counts are no longer there: the prompts are not adapted to the slide.")
+    if raw is None or str(niche["params"]["spatial_key"]) not in adata.obsm or input_kind(raw) != "counts":
+        logger.info("The raw counts or the coordinates are gone: the prompts are not adapted to the slide.")
         return None
+    working = working_copy(adata, model.geometry, NicheArguments(), use_image=False).adata
+    graph = niche_graph(working)
     match = resolve_genes(
         adata,
         model.genes,
         gene_symbols=str(record["gene_symbols"]) or None,
         organism=str(record["organism"]) or None,
     )
-    return aggregate(raw, match), row_normalise(adata.obsp[graph])
+    return aggregate(raw, match), row_normalise(graph)
 
 
 def _slide_prompt(statistics: Any, genes: np.ndarray) -> np.ndarray | None:
     """Return the input that a slide-relative encoder gives a spot in which the genes are high, each counting the same.
 
-    The rows of the encoder's map are what one gene adds to the input. ``None`` if the encoder knows nothing of the slide or
-    the slide none of the genes.
+    The rows of the encoder's map are what one gene adds to the input. ``None`` if the encoder knows nothing of the
+    slide or the slide none of the genes.
     """
     if statistics is None or not hasattr(statistics, "niche_map"):
         return None

@@ -9,7 +9,7 @@ import numpy as np
 
 from stalign._keys import Key
 from stalign._logging import logger
-from stalign.tl._slots import PARTS, embed_record, read_embedding, recorded_model, spot_libraries
+from stalign.tl._slots import embed_record, read_embedding, recorded_model, spot_libraries
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -67,7 +67,7 @@ def reference_embedding(
         reference,
         recorded_model(query, model, key),
         modalities=("image", "gene"),
-        outputs=PARTS,
+        outputs=(part,),
         niches=NicheArguments(),
         layer=layer,
         gene_symbols=None,

@@ -90,8 +90,8 @@ def retrieve(
         )
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"The query's {ours} side has {queries.shape[1]} dimensions, the reference's {theirs} side {keys.shape[1]}: "
-            "two models made them. Embed both with the same one."
+            f"The query's {ours} side has {queries.shape[1]} dimensions, the reference's {theirs} side "
+            f"{keys.shape[1]}: two models made them. Embed both with the same one."
         )
     rows, columns = np.flatnonzero(present(queries)), np.flatnonzero(present(keys))
     if k > len(columns):

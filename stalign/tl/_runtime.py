@@ -97,7 +97,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if wanted in present or (wanted == "cuda" and present[0].startswith("cuda")):
         return torch.device(wanted)
     raise ValueError(
-        f"Device {wanted!r} is not available. Available: {listing(present)}. Pass `device='auto'` for the first of them."
+        f"Device {wanted!r} is not available. Available: {listing(present)}. Pass `device='auto'` for the first of "
+        "them."
     )
 
 

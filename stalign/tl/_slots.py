@@ -10,7 +10,7 @@ import numpy as np
 from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import get_library_codes
-from stalign.slide._library import recorded_libraries
+from stalign.slide._library import find_niche_record, recorded_libraries
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -91,6 +91,11 @@ def describe(record: Mapping[str, Any]) -> str:
     return f"{str(record['model'])!r} (SHA-256 {str(record['sha256'])[:12]}…)"
 
 
+def model_params(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a result records about the model of its embedding; empty if that is not known."""
+    return {"model": str(record["model"]), "sha256": str(record["sha256"])} if record else {}
+
+
 def recorded_model(adata: AnnData, model: Any, key: str) -> STAlign:
     """Return the model that made the embeddings ``key``: the one passed, checked, or the recorded one, loaded.
 
@@ -127,7 +132,7 @@ def recorded_model(adata: AnnData, model: Any, key: str) -> STAlign:
 
 def spot_libraries(adata: AnnData, library_key: str | None = None) -> np.ndarray:
     """Return each spot's library number: by ``library_key``, else as the niche record says, else one library."""
-    record = adata.uns.get(Key.UNS, {}).get(Key.uns.NICHE)
+    record = find_niche_record(adata)
     if library_key is None and record is not None:
         recorded = str(record["params"]["library_key"])
         if not recorded or recorded in adata.obs:

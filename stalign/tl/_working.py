@@ -10,7 +10,7 @@ import numpy as np
 from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import require_key
-from stalign.slide._library import recorded_libraries
+from stalign.slide._library import find_niche_record, recorded_libraries
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -59,7 +59,7 @@ def working_copy(adata: AnnData, geometry: Geometry, arguments: NicheArguments, 
 
     from stalign.pp import extract_niches
 
-    record = adata.uns.get(Key.UNS, {}).get(Key.uns.NICHE)
+    record = find_niche_record(adata)
     params = {} if record is None else record["params"]
     spatial_key = arguments.spatial_key or str(params.get("spatial_key", Key.obsm.SPATIAL))
     library_key = arguments.library_key or _recorded_key(adata, params)

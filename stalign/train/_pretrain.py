@@ -84,6 +84,8 @@ def pretrain(
     changes = {**config.network.changes, "name": config.network.name}
     model = STAlign(model_config(config.network.config).updated(changes), genes=genes)
     model.warn_untrained()
+    # Moments of parameters that hardly move fall below the normal range, where CPUs are many times slower.
+    torch.set_flush_denormal(True)
     # The layout that convolutions are fastest in, on CPUs and GPUs alike.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     n_clusters = config.objective.n_clusters

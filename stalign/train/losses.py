@@ -127,8 +127,8 @@ def structure_loss(embedding: torch.Tensor, profile: torch.Tensor, *, unit: bool
     profile
         (n, p) niche expression profiles of the same spots, with a mean norm of sqrt(p).
     unit
-        Compare cosines. Otherwise inner products, so that lengths are kept, too; a profile of mean norm then asks for an
-        embedding of norm one.
+        Compare cosines. Otherwise inner products, so that lengths are kept, too; a profile of mean norm then asks for
+        an embedding of norm one.
 
     Returns
     -------

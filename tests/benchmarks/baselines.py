@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
-from scipy import ndimage
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -82,11 +81,17 @@ DOMAIN_BASELINES = {
 
 def colour_texture(patches: np.ndarray) -> np.ndarray:
     """(n, s, s, 3) uint8 → (n, 18): mean, spread and mean gradient of RGB and of the three optical densities."""
-    values = patches.astype(np.float32) / 255
-    density = -np.log(np.maximum(values, 1 / 255))
-    both = np.concatenate([values, density], axis=-1)
-    gradient = np.hypot(ndimage.sobel(both, axis=1), ndimage.sobel(both, axis=2))
-    return np.hstack([both.mean(axis=(1, 2)), both.std(axis=(1, 2)), gradient.mean(axis=(1, 2))])
+    # In blocks, since floats of all patches of a slide would fill gigabytes.
+    return np.vstack([_colour_texture(block) for block in np.array_split(patches, max(1, len(patches) // 256))])
+
+
+def _colour_texture(patches: np.ndarray) -> np.ndarray:
+    values = np.moveaxis(patches, -1, 1).astype(np.float32) / 255
+    both = np.concatenate([values, -np.log(np.maximum(values, 1 / 255))], axis=1)
+    flat = both.reshape(*both.shape[:2], -1)
+    down = np.abs(np.diff(both, axis=2)).mean(axis=(2, 3))
+    right = np.abs(np.diff(both, axis=3)).mean(axis=(2, 3))
+    return np.hstack([flat.mean(axis=2), flat.std(axis=2), (down + right) / 2])
 
 
 def image_features(adata: AnnData) -> np.ndarray:

@@ -56,7 +56,7 @@ def make_tiny(genes) -> Callable[..., models.STAlign]:
         "n_tokens": 2,
         "width": 32,
         "fusion": {"heads": 2, "head_dim": 8, "hidden": 8},
-        "heads": {"hidden": 16, "out": 24},
+        "heads": {"hidden": 16, "out": 64},
         "prediction": {"n_genes": 30},
     }
 

@@ -62,8 +62,8 @@ class SlideProfile(GeneEncoder):
     log1p; each gene becomes a z-score over the slide's niches (or spots), weighted by how much of its variance
     survives averaging over a niche (above what noise alone would leave); the profile is projected onto the slide's
     leading niche components, which removes what does not vary over tissue; and the components are laid along the fixed
-    directions of their genes, so that slides with different genes land in one space. The directions of a slide's components
-    are turned against each other as little as makes them orthogonal, so that distances on a slide are kept exactly.
+    directions of their genes, so that slides with different genes land in one space. The directions of a slide's
+    components are turned against each other as little as makes them orthogonal, so that distances are kept exactly.
 
     Parameters
     ----------
