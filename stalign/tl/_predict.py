@@ -169,7 +169,7 @@ def predict_expression(
             else _by_ridge(embedding[there], *parts, codes=codes)
         )
     result = _spread(result, there)
-    columns = match_names(result.genes, list(adata.var_names)).index if adata.n_vars else np.full(len(result.genes), -1)
+    columns = _columns(adata, result.genes, embed_record(adata, use_rep))
     correlation = None if measured is None else _correlations(result.mean, measured, columns, there)
 
     out = adata.copy() if copy else adata
@@ -220,7 +220,8 @@ def _by_head(
     if wanted is None:
         names, index = list(symbols), np.arange(len(symbols))
     else:
-        names, index = wanted, match_names(wanted, symbols).index
+        organism = _organism(embed_record(adata, use_rep))
+        names, index = wanted, match_names(wanted, symbols, organism=organism).index
         _refuse_unknown(wanted, index, symbols, f"The head of model {network.config.name!r} predicts", other)
     mean = np.empty((len(embedding), len(names)), dtype=np.float32)
     with inference(network, torch.device("cpu")):
@@ -482,6 +483,25 @@ def _measured(adata: AnnData, layer: str | None) -> Any:
         logger.info("`X` looks %s: no correlation with measured expression. Pass `layer=...` with raw counts.", kind)
         return None
     return adata.X
+
+
+def _organism(record: Mapping[str, Any]) -> str:
+    return str(record.get("organism", "")) or "human"
+
+
+def _columns(adata: AnnData, genes: Sequence[str], record: Mapping[str, Any]) -> np.ndarray:
+    """Return the column of ``var`` that holds each gene, -1 where there is none."""
+    if adata.n_vars == 0:
+        return np.full(len(genes), -1, dtype=np.intp)
+    columns = match_names(genes, list(adata.var_names)).index.copy()
+    # The other way round, too: the data's names may be those of a mouse, or stand in a column of their own.
+    column = str(record.get("gene_symbols", ""))
+    names = adata.var.get(column, adata.var_names)
+    index = match_names(names, genes, organism=_organism(record)).index
+    found, first = np.unique(index[index >= 0], return_index=True)
+    missing = columns[found] < 0
+    columns[found[missing]] = np.flatnonzero(index >= 0)[first[missing]]
+    return columns
 
 
 def _correlations(mean: np.ndarray, counts: Any, columns: np.ndarray, there: np.ndarray) -> np.ndarray:

@@ -159,6 +159,28 @@ def test_alias_and_ensembl_of_a_gene(slide, make_tiny):
         np.testing.assert_array_equal(slide.layers["stalign_predicted"][:, place], by_symbol)
 
 
+def test_genes_of_a_mouse_slide(slide, tiny):
+    model = tiny
+    name = next(gene for gene in model.predicted_genes if gene in ("ERBB2", "CD3E", "COL1A1", "EPCAM", "PTPRC", "KRT8"))
+    slide.var_names = [gene.capitalize() for gene in slide.var_names]
+    sta.tl.embed(slide, model=model, organism="mouse", progress=False)
+    for wanted in (name, name.capitalize()):
+        predict(slide, [wanted], model=model)
+        finite = np.isfinite(slide.layers["stalign_predicted"]).all(axis=0)
+        assert list(slide.var_names[finite]) == [name.capitalize()]
+        assert "stalign_predicted" not in slide.obsm
+
+
+def test_names_in_a_column_of_var(slide, tiny):
+    wanted = list(tiny.predicted_genes[:2])
+    slide.var["symbol"] = slide.var_names.to_numpy()
+    slide.var_names = [f"g{number}" for number in range(slide.n_vars)]
+    sta.tl.embed(slide, model=tiny, gene_symbols="symbol", progress=False)
+    predict(slide, wanted, model=tiny)
+    finite = np.isfinite(slide.layers["stalign_predicted"]).all(axis=0)
+    assert set(slide.var.loc[finite, "symbol"]) == set(wanted)
+
+
 def test_an_earlier_prediction_does_not_stay(embedded, tiny):
     part = embedded[:, embedded.var_names != tiny.predicted_genes[0]].copy()
     predict(part)

@@ -380,7 +380,7 @@ class ScGPT(nn.Module):
 
     @property
     def genes(self) -> tuple[str, ...]:
-        """Gene names of the vocabulary, by id: all tokens but the special ones, which stand in angle brackets."""
+        """Gene names of the vocabulary in the order of their ids; special tokens, in angle brackets, are left out."""
         tokens = sorted(self.vocab, key=self.vocab.__getitem__)
         return tuple(t for t in tokens if t.strip() and not (t.startswith("<") and t.endswith(">")))
 
