@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import scanpy as sc
 import scipy.sparse as sp
 from anndata import AnnData
 from scipy.spatial import cKDTree
@@ -32,9 +33,10 @@ def _variance(matrix: sp.csr_matrix) -> np.ndarray:
 
 
 def principal_components(adata: AnnData, *, n_genes: int = 3000, n_components: int = 30) -> np.ndarray:
+    """Leading components of the genes of largest variance."""
     expression = log_normalised(adata)
-    genes = np.argsort(-_variance(expression))[:n_genes]
-    return PCA(n_components, random_state=0).fit_transform(expression[:, genes].toarray())
+    values = expression[:, np.argsort(-_variance(expression))[:n_genes]].toarray()
+    return PCA(n_components, random_state=0).fit_transform(values)
 
 
 def kmeans(values: np.ndarray, k: int, seed: int) -> np.ndarray:
@@ -45,22 +47,26 @@ def tied_gmm(values: np.ndarray, k: int, seed: int) -> np.ndarray:
     return GaussianMixture(k, covariance_type="tied", n_init=3, random_state=seed).fit_predict(values)
 
 
-def pca_kmeans(adata: AnnData, k: int, seed: int) -> np.ndarray:
-    return kmeans(principal_components(adata), k, seed)
+def scaled_components(adata: AnnData) -> np.ndarray:
+    """The usual scanpy pipeline: 3,000 highly variable genes, unit variance cut at ten, 30 components."""
+    work = AnnData(log_normalised(adata), var=adata.var[[]])
+    sc.pp.highly_variable_genes(work, n_top_genes=min(3000, adata.n_vars))
+    values = work.X[:, work.var["highly_variable"].to_numpy()].toarray()
+    values = np.clip((values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9), -10, 10)
+    return PCA(30, random_state=0).fit_transform(values)
 
 
-def pca_beside_niche_kmeans(adata: AnnData, k: int, seed: int) -> np.ndarray:
-    scores = principal_components(adata)
-    return kmeans(np.hstack([scores, neighbour_mean(adata, 6) @ scores]), k, seed)
+def scaled_beside_niche(adata: AnnData) -> np.ndarray:
+    scores = scaled_components(adata)
+    return np.hstack([scores, neighbour_mean(adata, 6) @ scores])
 
 
-def niche_pca_gmm(adata: AnnData, k: int, seed: int) -> np.ndarray:
-    scores = neighbour_mean(adata, 18) @ principal_components(adata, n_components=15)
-    return tied_gmm(scores, k, seed)
+def niche_components(adata: AnnData) -> np.ndarray:
+    return neighbour_mean(adata, 18) @ principal_components(adata, n_components=15)
 
 
-def smoothed_genes_gmm(adata: AnnData, k: int, seed: int) -> np.ndarray:
-    """Genes by the share of variance that survives averaging over 18 neighbours; z-scores; PCA(8); tied mixture."""
+def smoothed_genes(adata: AnnData) -> np.ndarray:
+    """Genes by the share of variance that survives averaging over 18 neighbours; z-scores; eight components."""
     expression = log_normalised(adata)
     detected = np.bincount(expression.indices, minlength=adata.n_vars) >= max(10, 0.01 * adata.n_obs)
     expression = expression[:, detected]
@@ -68,14 +74,16 @@ def smoothed_genes_gmm(adata: AnnData, k: int, seed: int) -> np.ndarray:
     share = _variance(niche) / np.maximum(_variance(expression), 1e-9)
     best = niche[:, np.argsort(-share)[:2000]].toarray()
     scores = (best - best.mean(axis=0)) / np.maximum(best.std(axis=0), 1e-9)
-    return tied_gmm(PCA(8, random_state=0).fit_transform(scores), k, seed)
+    return PCA(8, random_state=0).fit_transform(scores)
 
 
+# Name: (features, clustering).
 DOMAIN_BASELINES = {
-    "PCA + k-means": pca_kmeans,
-    "PCA beside niche mean + k-means": pca_beside_niche_kmeans,
-    "niche-averaged PCA + GMM": niche_pca_gmm,
-    "smoothed spatial genes + GMM": smoothed_genes_gmm,
+    "PCA + k-means": (principal_components, kmeans),
+    "scanpy PCA, scaled + k-means": (scaled_components, kmeans),
+    "scanpy PCA beside its niche mean + k-means": (scaled_beside_niche, kmeans),
+    "niche-averaged PCA + GMM": (niche_components, tied_gmm),
+    "smoothed spatial genes + GMM": (smoothed_genes, tied_gmm),
 }
 
 
