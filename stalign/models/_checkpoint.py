@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -63,6 +64,15 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_digest(module: torch.nn.Module) -> str:
+    """Return the SHA-256 of a module's parameters and buffers, their names and types included."""
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _to_half(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,11 +134,19 @@ def save(
             json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
         )
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            _flush(file)
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("Saved model %r to %s", model.config.name, folder)
     return folder
+
+
+def _flush(file: Path) -> None:
+    """Bring a file to the disk, so that no power cut leaves its name without its content."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def _replace(temporary: Path, folder: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 LOG = "training_log.csv"
 _TRAIN = "train/"
 _VALIDATION = "validation/"
+_RECALL = "recall_at_5_percent"
 
 
 def training(path: str | Path, *, smooth: int = 5) -> np.ndarray:
@@ -44,7 +45,7 @@ def training(path: str | Path, *, smooth: int = 5) -> np.ndarray:
 
     log = read_training_log(path)
     terms = [str(column) for column in log.columns if str(column).startswith(_TRAIN)]
-    measured = [str(column) for column in log.columns if str(column).startswith(_VALIDATION)]
+    measured = [str(column) for column in log.columns if _is_recall(str(column))]
     figure, axes = plt.subplots(1, 1 + bool(measured), figsize=(5.5 * (1 + bool(measured)), 4), squeeze=False)
     _curves(axes[0, 0], log, terms, prefix=_TRAIN, smooth=smooth)
     axes[0, 0].set(xlabel="step", ylabel="weighted loss", title="Training", yscale="log")
@@ -68,11 +69,16 @@ def read_training_log(path: str | Path) -> pd.DataFrame:
     return pd.read_csv(file)
 
 
+def _is_recall(column: str) -> bool:
+    """Whether a column is the recall of one section; the mean of all has no section in its name."""
+    return column.startswith(_VALIDATION) and column.endswith(f"/{_RECALL}") and column.count("/") > 1
+
+
 def _curves(axes: Axes, log: pd.DataFrame, columns: list[str], *, prefix: str, smooth: int) -> None:
     for column in columns:
         values = log.dropna(subset=column)
         curve = values[column].rolling(smooth, min_periods=1).mean()
-        label = column.removeprefix(prefix).removesuffix("/recall_at_5_percent")
+        label = column.removeprefix(prefix).removesuffix(f"/{_RECALL}")
         axes.plot(values["step"], curve, label=label, color="black" if label == "loss" else None)
     axes.legend(fontsize="small", loc="best")
     axes.spines[["top", "right"]].set_visible(False)

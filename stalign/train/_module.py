@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning
@@ -10,7 +11,8 @@ import torch
 
 from stalign.models._network import STAlign, STAlignOutput
 from stalign.train._config import ObjectiveConfig, OptimiserConfig
-from stalign.train._data import Batch, EncodedSection
+from stalign.train._data import Batch
+from stalign.train._distributed import any_rank, gather_rows, own_rows, share_batch_norm, world
 from stalign.train.losses import masked_info_nce, negative_mask, structure_loss
 
 
@@ -32,19 +34,44 @@ def random_rotation(dim: int, generator: torch.Generator) -> torch.Tensor:
     return torch.linalg.qr(torch.randn((dim, dim), generator=generator))[0]
 
 
+class _Neighbourhood:
+    """What all processes know of a whole batch: which spots are negatives of which, and which are of one slide."""
+
+    def __init__(self, batch: Batch, mode: str, generator: torch.Generator) -> None:
+        clusters, slides = gather_rows(batch.clusters), gather_rows(batch.slides)
+        n = len(clusters)
+        mine = own_rows()
+        self.positive = torch.arange(n, device=clusters.device)[mine]
+        self.negatives = negative_mask(clusters, mode, slides=slides, generator=generator)[mine]
+        self.same_slide: torch.Tensor | None = None
+        self.weight = 1.0
+        if bool((slides != slides[0]).any()):
+            same = slides[:, None] == slides[None, :]
+            self.same_slide = same[mine]
+            # A process may hold more or fewer of the pairs than its share.
+            self.weight = float(self.same_slide.sum() * world().size / same.sum())
+
+
 class Alignment(lightning.LightningModule):
     """The three alignments of arXiv 2411.16793, plus the optional structure term.
+
+    With several processes each computes the loss of its own spots against the spots of all, so that the mean over
+    processes is the loss of the whole batch, and so are the gradients.
 
     Parameters
     ----------
     model
         The network.
     objective, optimiser
-        Settings.
-    validation
-        Sections whose image → gene retrieval is measured.
+        Settings; those of the optimiser in steps.
     seed
         Seed of negatives and rotations.
+    accumulate
+        Batches that make one step.
+    start
+        Steps that were taken before, by the run that this one goes on from.
+    mixed
+        Whether the network runs in mixed precision; the losses never do.
     """
 
     def __init__(
@@ -53,75 +80,119 @@ class Alignment(lightning.LightningModule):
         *,
         objective: ObjectiveConfig,
         optimiser: OptimiserConfig,
-        validation: list[EncodedSection],
         seed: int,
+        accumulate: int = 1,
+        start: int = 0,
+        mixed: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.optimiser_config = optimiser
-        self.validation = validation
         self.seed = seed
+        self.accumulate = accumulate
+        self.start = start
+        self.mixed = mixed
+        self.terms: dict[str, torch.Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far, in this run and in the one it goes on from."""
+        return self.start + self.global_step
+
+    def setup(self, stage: str) -> None:
+        """Let batch normalisation see the whole batch when several processes share it."""
+        if world().size > 1:
+            share_batch_norm(self.model, self.trainer.strategy.root_device)
 
     # -- loss --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_index: int) -> torch.Tensor:
-        """Return the loss of one batch, and log its terms."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        """Return the loss of one batch; its terms stay in ``terms``."""
+        number = self.step * self.accumulate + batch_index % self.accumulate
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         output = self.model(
             spot_image=batch.spot_image,
             spot_gene=batch.spot_gene,
             niche_image=batch.niche_image,
             niche_gene=batch.niche_gene,
         )
-        terms = self.alignment_terms(output, batch.clusters, generator)
-        if self.objective.structure:
-            terms["structure"] = self.objective.structure * self._structure(output, batch.profile)
-            if self.objective.rotated:
-                weight = self.objective.structure * self.objective.rotated
-                terms["rotated"] = weight * self._rotated_structure(batch, generator)
+        with self._full_precision():
+            around = _Neighbourhood(batch, self.objective.negatives, generator)
+            terms = self.alignment_terms(output, around)
+            if self.objective.structure:
+                terms["structure"] = self.objective.structure * self._structure(output, batch.profile, around)
+        if self.objective.structure and self.objective.rotated:
+            weight = self.objective.structure * self.objective.rotated
+            terms["rotated"] = weight * self._rotated_structure(batch, around, generator)
+        if not terms:
+            # Without its image or its genes a batch has nothing to align, unless both fused embeddings are compared.
+            parts = [p.sum() for p in self.model.parameters() if p.requires_grad]
+            terms["none"] = 0.0 * torch.stack(parts).sum()
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            values = {name: float(term) for name, term in terms.items()}
-            raise FloatingPointError(
-                f"The loss is {float(loss)} at step {self.global_step}, on a batch of library {batch.library!r}: "
-                f"{values}. Lower `optimiser.lr`, or look at that section."
-            )
-        self.log_dict({f"train/{name}": term for name, term in terms.items()}, batch_size=len(batch.clusters))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.clusters))
+        self._check_finite(loss, terms, batch.library)
+        self.terms = {name: term.detach() for name, term in {**terms, "loss": loss}.items() if name != "none"}
         return loss
 
-    def alignment_terms(
-        self, output: STAlignOutput, clusters: torch.Tensor, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
-        """Return the weighted terms α·L_spot, β·L_niche, (1 - α - β)·L_cross that the output allows."""
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        """Exponentials of similarities over a temperature need more digits than mixed precision has."""
+        return torch.autocast(self.device.type, enabled=False) if self.mixed else nullcontext()
+
+    def _check_finite(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], library: str) -> None:
+        # Asked of all processes, so that they stop together.
+        if not any_rank(not bool(torch.isfinite(loss)), loss.device):
+            return
+        here = not bool(torch.isfinite(loss))
+        what = f"{float(loss.detach())}" if here else "not finite in another process"
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        raise FloatingPointError(
+            f"The loss is {what} at step {self.step}, on a batch of library {library!r}"
+            f"{f' ({values})' if here else ''}. Lower `optimiser.lr`, or look at that section."
+        )
+
+    def alignment_terms(self, output: STAlignOutput, around: _Neighbourhood) -> dict[str, torch.Tensor]:
+        """Return the weighted terms α·L_spot, β·L_niche, (1 - α - β)·L_cross that output and objective allow."""
         alpha, beta = self.objective.alpha, self.objective.beta
-        mask = negative_mask(clusters, self.objective.negatives, generator=generator)
         pairs = {
             "spot": (alpha, output.spot_image, output.spot_gene),
             "niche": (beta, output.niche_image, output.niche_gene),
             "cross": (1 - alpha - beta, output.spot, output.niche),
         }
         return {
-            name: weight * self._contrast(query.flatten(1), key.flatten(1), mask)
+            name: weight * self._contrast(query.flatten(1).float(), key.flatten(1).float(), around)
             for name, (weight, query, key) in pairs.items()
-            if query is not None and key is not None
+            if getattr(self.objective, name) and query is not None and key is not None
         }
 
-    def _contrast(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        temperature = self.objective.temperature
-        loss = masked_info_nce(query, key, mask, temperature=temperature)
-        if self.objective.symmetric:
-            loss = (loss + masked_info_nce(key, query, mask, temperature=temperature)) / 2
-        return loss
+    def _contrast(self, query: torch.Tensor, key: torch.Tensor, around: _Neighbourhood) -> torch.Tensor:
+        def towards(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            temperature = self.objective.temperature
+            return masked_info_nce(
+                x, gather_rows(y), around.negatives, positive=around.positive, temperature=temperature
+            )
 
-    def _structure(self, output: STAlignOutput, profile: torch.Tensor) -> torch.Tensor:
+        loss = towards(query, key)
+        return (loss + towards(key, query)) / 2 if self.objective.symmetric else loss
+
+    def _structure(self, output: STAlignOutput, profile: torch.Tensor, around: _Neighbourhood) -> torch.Tensor:
         if output.spot is None or output.niche is None:
             raise ValueError("The structure term needs both fused embeddings.")
         unit = self.model.config.unit_fused
-        return structure_loss(output.spot, profile, unit=unit) + structure_loss(output.niche, profile, unit=unit)
+        whole = gather_rows(profile)
+        losses = [
+            structure_loss(
+                embedding.float(),
+                profile,
+                unit=unit,
+                against=None if world().size == 1 else (gather_rows(embedding.float()), whole),
+                mask=around.same_slide,
+            )
+            for embedding in (output.spot, output.niche)
+        ]
+        loss = losses[0] + losses[1]
+        return loss if around.weight == 1.0 else around.weight * loss
 
-    def _rotated_structure(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    def _rotated_structure(self, batch: Batch, around: _Neighbourhood, generator: torch.Generator) -> torch.Tensor:
         """Structure of profiles in which every gene has another direction; half of the time beside the slide's images.
 
         An image that has nothing to do with the genes must not bend their geometry.
@@ -135,19 +206,8 @@ class Alignment(lightning.LightningModule):
             niche_image=batch.niche_image if with_image else None,
             niche_gene=batch.profile @ rotation,
         )
-        return self._structure(output, batch.profile)
-
-    # -- validation --------------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: int, batch_index: int) -> None:
-        """Log recall@5 % of image → gene retrieval within one held-out section."""
-        from stalign.train._evaluate import embed_section, recall_at
-
-        section = self.validation[batch]
-        embedded = embed_section(self.model, section)
-        if embedded.image is not None and embedded.gene is not None:
-            recall = recall_at(embedded.image, embedded.gene, share=0.05)
-            self.log(f"validation/{section.section.name}/recall_at_5_percent", recall, batch_size=1)
+        with self._full_precision():
+            return self._structure(output, batch.profile, around)
 
     # -- optimiser ---------------------------------------------------------------------------------------------------
 
@@ -164,7 +224,7 @@ class Alignment(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Set learning rate and weight decay of the step."""
-        lr, decay = schedule(self.global_step, self.optimiser_config)
+        lr, decay = schedule(self.step, self.optimiser_config)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from stalign._logging import logger
 from stalign.genes import normalise_log1p
 from stalign.models._config import PredictionConfig
+from stalign.models._heads import GenePrediction
 from stalign.models._network import STAlign
 from stalign.train._config import PredictionFitConfig
 from stalign.train._data import EncodedSection
@@ -29,7 +31,7 @@ class _Fitted(NamedTuple):
 
 
 def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: PredictionFitConfig) -> STAlign:
-    """Return the model with a prediction head: ridge regression from its image embeddings to log-normalised expression.
+    """Give the model a prediction head: ridge regression from its image embeddings to log-normalised expression.
 
     Features and expression are centred within each section, so that what is learned is the variation over tissue and
     not the difference between slides; each section counts alike, however many spots it has. Penalty and residual spread
@@ -40,34 +42,47 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
     model
         A trained model.
     sections
-        Training sections; those with an image are used.
+        Training sections; those with an image are used, or as many of them as the config says.
     config
         Number of genes and penalties.
+
+    Returns
+    -------
+    The same model in evaluation mode, on the CPU; without a head if there is no image or no gene to predict.
     """
     imaged = [section for section in sections if section.section.has_image]
-    gene_index = choose_genes(imaged, config.n_genes)
-    fitted = [_prepare(model, section, gene_index) for section in imaged]
+    if len(imaged) > config.max_sections:
+        # Spread over the sections in their order, hence over patients.
+        imaged = [imaged[i] for i in np.linspace(0, len(imaged) - 1, config.max_sections).round().astype(int)]
+    gene_index = choose_genes(imaged, config.n_genes) if imaged and config.n_genes else np.array([], dtype=np.int64)
+    if not len(gene_index):
+        logger.info(
+            "No prediction head: %s.", "no gene is well detected" if imaged and config.n_genes else "none asked"
+        )
+        return model.cpu().eval()
+    # A model whose niche has tokens in place of an embedding predicts from the spot alone.
+    inputs = ("spot_image", "niche_image") if model.config.heads.niche else ("spot_image",)
+    fitted = [_prepare(model, section, gene_index, inputs, config.max_spots) for section in imaged]
     penalty, spread = _choose_penalty(fitted, config.penalties)
     weight = _ridge(fitted, penalty)
     scale = np.sqrt(_pooled_mean([(f.expression - f.expression.mean(axis=0)) ** 2 for f in fitted], fitted))
     scale[scale == 0] = 1.0
-    mean = _pooled_mean([f.expression for f in fitted], fitted)
-    centre = np.mean([f.features.mean(axis=0) for f in fitted], axis=0)
-    changes = {"prediction": PredictionConfig(n_genes=len(gene_index)).__dict__}
-    result = STAlign(model.config.updated(changes), genes=model.genes)
+    head_config = PredictionConfig(n_genes=len(gene_index), inputs=inputs)
+    head = GenePrediction(model.config.heads.out, head_config)
     values = {
         "net.weight": (weight / scale).T,
         "net.bias": np.zeros(len(gene_index)),
         "gene_index": gene_index,
-        "mean": mean,
+        "mean": _pooled_mean([f.expression for f in fitted], fitted),
         "scale": scale,
         "sd": spread,
-        "centre": centre,
+        "centre": np.mean([f.features.mean(axis=0) for f in fitted], axis=0),
     }
-    head = {f"prediction.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
-    result.load_state_dict({**model.state_dict(), **head})
+    head.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in values.items()})
+    model.prediction = head
+    model.config = replace(model.config, prediction=head_config)
     logger.info("Prediction head: %d genes, ridge penalty %g.", len(gene_index), penalty)
-    return result.eval()
+    return model.cpu().eval()
 
 
 def choose_genes(sections: Sequence[EncodedSection], n_genes: int) -> np.ndarray:
@@ -95,14 +110,21 @@ def choose_genes(sections: Sequence[EncodedSection], n_genes: int) -> np.ndarray
     return np.sort(best)
 
 
-def _prepare(model: STAlign, section: EncodedSection, gene_index: np.ndarray) -> _Fitted:
-    embedding = embed_section(model, section).image
+def _prepare(
+    model: STAlign, section: EncodedSection, gene_index: np.ndarray, inputs: Sequence[str], max_spots: int
+) -> _Fitted:
+    embedded = embed_section(model, section)
+    # The head gets unit vectors side by side: for spot and niche √2 times the joined unit vector.
+    embedding = embedded.image if len(inputs) == 2 else embedded.spot_image
     if embedding is None:
         raise ValueError(f"Section {section.section.name!r} has no image.")
-    expression = normalise_log1p(section.section.counts)[:, gene_index].toarray().astype(np.float64)
-    # The head gets the spot's and the niche's unit vectors side by side: √2 times the joined unit vector.
+    n = len(section)
+    rows = np.linspace(0, n - 1, max_spots).round().astype(np.intp) if n > max_spots else np.arange(n)
+    counts = section.section.counts
+    expression = normalise_log1p(counts if n <= max_spots else counts[rows])[:, gene_index].toarray()
+    expression = expression.astype(np.float64)
     return _Fitted(
-        features=embedding.astype(np.float64) * np.sqrt(2),
+        features=embedding[rows].astype(np.float64) * np.sqrt(len(inputs)),
         expression=expression,
         measured=np.asarray(expression.any(axis=0)),
     )
@@ -143,18 +165,24 @@ def _ridge(fitted: Sequence[_Fitted], penalty: float, *, leave_out: int | None =
 
 
 def _choose_penalty(fitted: Sequence[_Fitted], penalties: Sequence[float]) -> tuple[float, np.ndarray]:
-    """Return the best penalty and each gene's residual spread, by leaving out one section at a time."""
+    """Return the best penalty and each gene's residual spread, by leaving out one section, or a quarter, at a time."""
+    # Of a single section quarters are left out, in the order of its spots, which often is one over the slide.
+    parts = _quarters(fitted[0]) if len(fitted) == 1 else fitted
     best: tuple[float, float, np.ndarray] | None = None
     for penalty in penalties:
         squares: list[np.ndarray] = []
-        for left, section in enumerate(fitted):
-            # With a single section nothing can be left out: then the spread is that of the fit itself.
-            weight = _ridge(fitted, penalty, leave_out=left if len(fitted) > 1 else None)
+        for left, section in enumerate(parts):
+            weight = _ridge(parts, penalty, leave_out=left)
             centred = section.features - section.features.mean(axis=0)
             squares.append((section.expression - section.expression.mean(axis=0) - centred @ weight) ** 2)
-        error = _pooled_mean(squares, fitted)
+        error = _pooled_mean(squares, parts)
         if best is None or error.mean() < best[0]:
             best = (float(error.mean()), penalty, np.sqrt(error))
     if best is None:
         raise ValueError("penalties is empty.")
     return best[1], best[2]
+
+
+def _quarters(fitted: _Fitted) -> list[_Fitted]:
+    rows = np.array_split(np.arange(len(fitted.features)), min(4, max(2, len(fitted.features) // 2)))
+    return [fitted._replace(features=fitted.features[part], expression=fitted.expression[part]) for part in rows]

@@ -68,17 +68,23 @@ def info_nce(
 
 
 def negative_mask(
-    clusters: torch.Tensor, mode: str = "masked", *, generator: torch.Generator | None = None
+    clusters: torch.Tensor,
+    mode: str = "masked",
+    *,
+    slides: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Say which spots of a batch from one slide are negatives of which.
+    """Say which spots of a batch are negatives of which.
 
     Parameters
     ----------
     clusters
-        (n,) expression cluster of each spot.
+        (n,) expression cluster of each spot, numbered within its slide.
     mode
-        ``"paper"``: exactly one random spot from each other cluster, as in arXiv 2411.16793; ``"masked"``: every spot
-        of every other cluster; ``"in_batch"``: every other spot.
+        ``"paper"``: exactly one random spot from each other cluster of the slide, as in arXiv 2411.16793; ``"masked"``:
+        every spot of every other cluster of the slide; ``"in_batch"``: every other spot, of other slides, too.
+    slides
+        (n,) number of each spot's slide; ``None`` if all are of one.
     generator
         Source of the random choice of ``"paper"``.
 
@@ -90,13 +96,14 @@ def negative_mask(
     n = len(clusters)
     if mode == "in_batch":
         return ~torch.eye(n, dtype=torch.bool, device=clusters.device)
-    other = clusters[:, None] != clusters[None, :]
+    slides = torch.zeros_like(clusters) if slides is None else slides
+    other = (clusters[:, None] != clusters[None, :]) & (slides[:, None] == slides[None, :])
     if mode == "masked":
         return other
     chosen = torch.zeros_like(other)
     rows = torch.arange(n, device=clusters.device)
-    for cluster in clusters.unique():
-        members = torch.nonzero(clusters == cluster).flatten()
+    for slide, cluster in torch.stack([slides, clusters], dim=1).unique(dim=0):
+        members = torch.nonzero((slides == slide) & (clusters == cluster)).flatten()
         # Drawn on the CPU, so that a seed gives the same negatives on every device.
         pick = torch.randint(len(members), (n,), generator=generator).to(members.device)
         chosen[rows, members[pick]] = True
@@ -104,18 +111,50 @@ def negative_mask(
 
 
 def masked_info_nce(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, *, temperature: float = 0.1
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    positive: torch.Tensor | None = None,
+    temperature: float = 0.1,
 ) -> torch.Tensor:
-    """InfoNCE whose negatives are the rows of ``key`` that ``mask`` (n, n) marks.
+    """InfoNCE whose negatives are the rows of ``key`` that ``mask`` marks.
 
     Equal to :func:`info_nce` with those rows gathered into ``negatives``, without a second forward pass for them.
+
+    Parameters
+    ----------
+    query
+        (n, d).
+    key
+        (m, d): the keys of all processes that share a batch, or of this one.
+    mask
+        (n, m) bool, see :func:`negative_mask`.
+    positive
+        (n,) the row of ``key`` that belongs to each query; ``None``: row i to query i.
+    temperature
+        Divides the cosine similarities.
+
+    Returns
+    -------
+    Scalar: the mean over the queries.
     """
+    if mask.shape != (len(query), len(key)):
+        raise ValueError(f"mask must be (n, m) = ({len(query)}, {len(key)}), got {tuple(mask.shape)}.")
+    positive = torch.arange(len(query), device=query.device) if positive is None else positive
     logits = nn.functional.normalize(query, dim=-1) @ nn.functional.normalize(key, dim=-1).T / temperature
-    keep = mask | torch.eye(len(mask), dtype=torch.bool, device=mask.device)
-    return nn.functional.cross_entropy(logits.masked_fill(~keep, _OFF), torch.arange(len(logits), device=logits.device))
+    keep = mask.scatter(1, positive[:, None], torch.ones_like(positive, dtype=torch.bool)[:, None])
+    return nn.functional.cross_entropy(logits.masked_fill(~keep, _OFF), positive)
 
 
-def structure_loss(embedding: torch.Tensor, profile: torch.Tensor, *, unit: bool = True) -> torch.Tensor:
+def structure_loss(
+    embedding: torch.Tensor,
+    profile: torch.Tensor,
+    *,
+    unit: bool = True,
+    against: tuple[torch.Tensor, torch.Tensor] | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Mean squared difference of the similarities within a batch, before and after the network.
 
     It asks the embedding to keep the geometry of the smoothed expression profiles (similarity distillation).
@@ -129,13 +168,25 @@ def structure_loss(embedding: torch.Tensor, profile: torch.Tensor, *, unit: bool
     unit
         Compare cosines. Otherwise inner products, so that lengths are kept, too; a profile of mean norm then asks for
         an embedding of norm one.
+    against
+        (m, d) embeddings and (m, p) profiles that the similarities are taken with; ``None``: the same spots.
+    mask
+        (n, m) bool, the pairs that count; ``None``: all.
 
     Returns
     -------
-    Scalar.
+    Scalar: the mean over the pairs.
     """
-    if unit:
-        embedding, profile = nn.functional.normalize(embedding, dim=-1), nn.functional.normalize(profile, dim=-1)
-    else:
-        profile = profile / profile.shape[1] ** 0.5
-    return nn.functional.mse_loss(embedding @ embedding.T, profile @ profile.T)
+
+    def scale(values: torch.Tensor, norm: float) -> torch.Tensor:
+        return nn.functional.normalize(values, dim=-1) if unit else values / norm
+
+    norm = profile.shape[1] ** 0.5
+    embedding, profile = scale(embedding, 1.0), scale(profile, norm)
+    other, other_profile = embedding, profile
+    if against is not None:
+        other, other_profile = scale(against[0], 1.0), scale(against[1], norm)
+    after, before = embedding @ other.T, profile @ other_profile.T
+    if mask is not None:
+        after, before = after[mask], before[mask]
+    return nn.functional.mse_loss(after, before)

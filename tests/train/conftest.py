@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 
 from stalign.train import PretrainConfig, Section
+from stalign.train._config import apply_changes
 
 GENES = tuple(f"G{i}" for i in range(60))
 
@@ -38,32 +39,35 @@ def sections() -> list[Section]:
     return [make_section("a", seed=1), make_section("b", seed=2), make_section("c", image=False, seed=3)]
 
 
+def tiny(out: str, *changes: str) -> PretrainConfig:
+    """A run of six steps of a network of some thousand parameters, with ``"key=value"`` changed."""
+    image = {"encoder": "timm", "args": {"model": "resnet10t", "model_args": {"channels": [8, 8, 8, 8]}}}
+    data = {
+        "out": out,
+        "seed": 3,
+        "data": {"root": ".", "train": ["*.h5ad"]},
+        "network": {
+            "name": "tiny",
+            "changes": {
+                "n_tokens": 2,
+                "width": 16,
+                "spot_patch": {"pixels": 16},
+                "niche_patch": {"pixels": 16},
+                "spot_image": image,
+                "niche_image": image,
+                "spot_gene": {"args": {"dim": 16, "hidden": 16}},
+                "niche_gene": {"args": {"dim": 16, "hidden": 16}},
+                "fusion": {"heads": 2, "head_dim": 8, "hidden": 8},
+                "heads": {"hidden": 16, "out": 16},
+            },
+        },
+        "objective": {"structure": 1.0, "rotated": 0.5, "n_clusters": 2},
+        "optimiser": {"steps": 6, "batch_size": 24, "warmup": 2, "validate_every": 3},
+        "prediction": {"n_genes": 10, "penalties": [1.0, 10.0]},
+    }
+    return PretrainConfig.from_dict(apply_changes(data, changes))
+
+
 @pytest.fixture
 def tiny_config(tmp_path) -> PretrainConfig:
-    image = {"encoder": "resnet10t", "args": {"model": "resnet10t", "model_args": {"channels": [8, 8, 8, 8]}}}
-    image["encoder"] = "timm"
-    return PretrainConfig.from_dict(
-        {
-            "out": str(tmp_path / "run"),
-            "seed": 3,
-            "data": {"root": ".", "train": ["*.h5ad"]},
-            "network": {
-                "name": "tiny",
-                "changes": {
-                    "n_tokens": 2,
-                    "width": 16,
-                    "spot_patch": {"pixels": 16},
-                    "niche_patch": {"pixels": 16},
-                    "spot_image": image,
-                    "niche_image": image,
-                    "spot_gene": {"args": {"dim": 16, "hidden": 16}},
-                    "niche_gene": {"args": {"dim": 16, "hidden": 16}},
-                    "fusion": {"heads": 2, "head_dim": 8, "hidden": 8},
-                    "heads": {"hidden": 16, "out": 16},
-                },
-            },
-            "objective": {"structure": 1.0, "rotated": 0.5, "n_clusters": 2},
-            "optimiser": {"steps": 6, "batch_size": 24, "warmup": 2, "validate_every": 3},
-            "prediction": {"n_genes": 10, "penalties": [1.0, 10.0]},
-        }
-    )
+    return tiny(str(tmp_path / "run"))

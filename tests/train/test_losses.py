@@ -98,3 +98,72 @@ def test_structure_loss_with_lengths_sees_a_change_of_scale():
     assert float(structure_loss(same, profile, unit=False)) == pytest.approx(0.0, abs=1e-10)
     assert float(structure_loss(2 * same, profile, unit=False)) > 0.1
     assert float(structure_loss(2 * same, profile)) == pytest.approx(0.0, abs=1e-10)
+
+
+# -- several slides, several processes ---------------------------------------------------------------------------------
+
+
+def test_negatives_are_of_the_same_slide():
+    clusters = torch.tensor([0, 1, 0, 1, 2])
+    slides = torch.tensor([0, 0, 1, 1, 1])
+    masked = negative_mask(clusters, "masked", slides=slides)
+    assert masked.nonzero().tolist() == [[0, 1], [1, 0], [2, 3], [2, 4], [3, 2], [3, 4], [4, 2], [4, 3]]
+    assert torch.equal(negative_mask(clusters, "paper", slides=slides), masked)  # one spot a cluster and slide
+    assert negative_mask(clusters, "in_batch", slides=slides).sum() == 20
+
+
+def test_paper_negatives_of_several_slides_are_one_of_each_other_cluster():
+    clusters, slides = torch.arange(24) % 3, torch.arange(24) // 12
+    mask = negative_mask(clusters, "paper", slides=slides, generator=torch.Generator().manual_seed(0))
+    for row, (own, slide) in enumerate(zip(clusters, slides, strict=True)):
+        assert sorted(clusters[mask[row]].tolist()) == [c for c in range(3) if c != int(own)]
+        assert (slides[mask[row]] == slide).all()
+
+
+def test_one_slide_draws_the_same_as_no_slide():
+    clusters = torch.arange(12) % 3
+    masks = [
+        negative_mask(clusters, "paper", slides=slides, generator=torch.Generator().manual_seed(3))
+        for slides in (None, torch.full((12,), 5))
+    ]
+    assert torch.equal(*masks)
+
+
+def test_parts_of_a_batch_average_to_the_whole():
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 8, 5, generator=generator)
+    mask = negative_mask(torch.arange(8) % 3, "masked")
+    whole = masked_info_nce(query, key, mask)
+    parts = [
+        masked_info_nce(query[rows], key, mask[rows], positive=torch.arange(8)[rows])
+        for rows in (slice(0, None, 2), slice(1, None, 2))
+    ]
+    assert float(torch.stack(parts).mean()) == pytest.approx(float(whole), abs=1e-6)
+    # The positive is no negative of its own, and without naming it these parts are something else.
+    assert float(masked_info_nce(query[1::2], key[1::2], mask[1::2, 1::2])) != pytest.approx(float(parts[1]))
+
+
+def test_mask_must_fit():
+    with pytest.raises(ValueError, match=r"mask must be \(n, m\) = \(3, 4\)"):
+        masked_info_nce(torch.ones(3, 2), torch.ones(4, 2), torch.ones(3, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_structure_of_parts_averages_to_the_whole(unit):
+    generator = torch.Generator().manual_seed(2)
+    embedding, profile = torch.randn(6, 4, generator=generator), torch.randn(6, 9, generator=generator)
+    whole = structure_loss(embedding, profile, unit=unit)
+    parts = [
+        structure_loss(embedding[rows], profile[rows], unit=unit, against=(embedding, profile))
+        for rows in (slice(0, None, 2), slice(1, None, 2))
+    ]
+    assert float(torch.stack(parts).mean()) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_structure_counts_marked_pairs_only():
+    generator = torch.Generator().manual_seed(2)
+    embedding, profile = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    slides = torch.tensor([0, 0, 0, 1, 1, 1])
+    mask = slides[:, None] == slides[None, :]
+    by_slide = [structure_loss(embedding[slides == s], profile[slides == s]) for s in (0, 1)]
+    assert float(structure_loss(embedding, profile, mask=mask)) == pytest.approx(float(sum(by_slide)) / 2, rel=1e-5)

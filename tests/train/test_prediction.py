@@ -46,3 +46,12 @@ def test_genes_are_chosen_by_variance_among_the_well_detected(sections):
 def test_empty_penalties_are_refused():
     with pytest.raises(ValueError, match="penalties"):
         _choose_penalty([planted(1)], [])
+
+
+def test_of_a_single_section_quarters_are_left_out():
+    # Without anything left out, the smallest penalty would always win; here there is nothing but noise to fit.
+    rng = np.random.default_rng(0)
+    noise = _Fitted(rng.normal(size=(24, 20)), rng.normal(size=(24, 3)), np.ones(3, dtype=bool))
+    penalty, spread = _choose_penalty([noise], [1e-6, 1e6])
+    assert penalty == 1e6
+    assert (spread > 0.5).all()
