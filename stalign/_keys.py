@@ -36,6 +36,7 @@ class Key:
         NICHE: Final = "niche"
         GENES: Final = "genes"
         EMBED: Final = "embed"
+        JOB: Final = "job"
         DOMAINS: Final = "domains"
         ANNOTATION: Final = "annotation"
         PREDICTION: Final = "prediction"

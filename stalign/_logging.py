@@ -7,6 +7,12 @@ import logging
 logger = logging.getLogger("stalign")
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks; a KeyError would print its message in quotes."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split()) or type(error).__name__
+
+
 def _attach_handler() -> None:
     if any(getattr(handler, "_stalign", False) for handler in logger.handlers):
         return

@@ -5,7 +5,7 @@ Nothing heavy is imported here: ``stalign --help`` should not wait for torch.
 
 from __future__ import annotations
 
-from stalign._cli import _commands  # noqa: F401  registers the commands
+from stalign._cli import _commands, _prepare, _train  # noqa: F401  registers the commands
 from stalign._cli._app import app
 
 __all__ = ["app"]

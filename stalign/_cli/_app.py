@@ -7,15 +7,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from stalign._logging import one_line
+
 # What the package raises on bad input. Anything else is a fault of the package and keeps its traceback.
 USER_ERRORS = (ValueError, KeyError, TypeError, ImportError, OSError)
 USER_ERROR_CODE = 2
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error without line breaks; a KeyError would print its message in quotes."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split()) or type(error).__name__
 
 
 class _Group(TyperGroup):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stalign._cli._app import USER_ERROR_CODE, USER_ERRORS, app, one_line
+from stalign._cli._app import USER_ERROR_CODE, app
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _INPUT = "Input"
 _MODEL = "Model"
+_CLUSTER = "Many slides"
 
 Model = Annotated[
     str, typer.Option(help="A bundled model, a model folder, or a Hub id 'owner/name'.", rich_help_panel=_MODEL)
@@ -117,64 +118,73 @@ def embed(
     amp: Amp = None,
     batch_size: BatchSize = None,
     num_workers: NumWorkers = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread the slides: address of a Dask scheduler, or local, local:4 for workers on this machine.",
+            metavar="ADDRESS",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(
+            help="Further tries after an error of the system.", show_default="1", min=0, rich_help_panel=_CLUSTER
+        ),
+    ] = None,
     progress: Progress = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Embed slides, one .h5ad for each. A slide that fails is reported; the others go on."""
-    from stalign._cli._files import check_output, read_slide, write_slide
+    """Embed slides, one .h5ad for each. A slide that fails is reported; the others go on.
 
-    targets = {slide: out / f"{_stem(slide)}.h5ad" for slide in slides}
-    if len(set(targets.values())) < len(slides):
-        raise ValueError("Two slides have the same name and would be written to the same file. Embed them separately.")
+    The same command again goes on after an interruption: slides that are finished are skipped.
+    """
     if image is not None and len(slides) > 1:
         raise ValueError(f"--image belongs to one slide, got {len(slides)} slides.")
-    for slide, target in targets.items():
-        check_output(target, overwrite=overwrite)
-        if not slide.exists():
-            raise FileNotFoundError(f"There is no file or folder {slide}.")
 
-    from stalign import models, tl
+    from stalign import tl
+    from stalign.tl._many import SlideResult, open_client
 
-    network = models.load(model)
-    options = _given(
-        modalities=_split(modalities) or None,
-        outputs=_split(outputs) or None,
-        image=image,
-        image_key=image_key,
-        mpp=mpp,
-        layer=layer,
-        gene_symbols=gene_symbols,
-        organism=organism,
-        spatial_key=spatial_key,
-        library_key=library_key,
-        key_added=key_added,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    failed = 0
-    for slide, target in targets.items():
-        try:
-            adata = read_slide(slide)
-            tl.embed(adata, model=network, progress=progress, **options)
-            write_slide(adata, target)
-        except USER_ERRORS as error:
-            if len(slides) == 1 or _debug(ctx):
-                raise
-            failed += 1
-            typer.echo(f"error: {slide}: {one_line(error)}", err=True)
+    def say(row: SlideResult) -> None:
+        if row.status == "failed":
+            typer.echo(f"error: {row.slide}: {row.error}", err=True)
         else:
-            typer.echo(f"{slide} -> {target} ({adata.n_obs:,} spots)")
+            there = ", finished before" if row.status == "skipped" else ""
+            typer.echo(f"{row.slide} -> {row.result} ({row.n_spots:,} spots{there})")
+
+    with open_client(dask) as client:
+        table = tl.embed_many(
+            slides,
+            out=out,
+            client=client,
+            model=model,
+            overwrite=overwrite,
+            errors="raise" if len(slides) == 1 or _debug(ctx) else "report",
+            progress=progress,
+            on_result=say,
+            **_given(
+                retries=retries,
+                modalities=_split(modalities) or None,
+                outputs=_split(outputs) or None,
+                image=image,
+                image_key=image_key,
+                mpp=mpp,
+                layer=layer,
+                gene_symbols=gene_symbols,
+                organism=organism,
+                spatial_key=spatial_key,
+                library_key=library_key,
+                key_added=key_added,
+                device=device,
+                amp=amp,
+                batch_size=batch_size,
+                num_workers=num_workers,
+            ),
+        )
+    failed = int((table["status"] == "failed").sum())
     if failed:
         typer.echo(f"error: {failed} of {len(slides)} slides failed.", err=True)
         raise typer.Exit(USER_ERROR_CODE)
-
-
-def _stem(slide: Path) -> str:
-    """Name of a slide; Space Ranger calls every result `outs`, so its run's name is the parent's."""
-    resolved = slide.resolve()
-    return resolved.parent.name if resolved.name == "outs" else resolved.name.removesuffix(resolved.suffix)
 
 
 def _debug(ctx: typer.Context) -> bool:
@@ -289,21 +299,6 @@ def predict(
                 f"Pearson r with the measured counts: median {measured.median():.3f} over {len(measured):,} genes."
             )
     typer.echo(f"{file} -> {target}")
-
-
-@app.command()
-def pretrain(
-    config: Annotated[Path, typer.Argument(help="A TOML config, see stalign/train/configs/.")],
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the config: --set optimiser.steps=10")
-    ] = None,
-) -> None:
-    """Train a model with the three alignments on the sections that CONFIG names."""
-    from stalign import train
-    from stalign.pp._prepare import pretrain_from_files
-
-    folder = pretrain_from_files(train.read_config(config, changes or []))
-    typer.echo(f"{config} -> {folder}")
 
 
 @app.command()

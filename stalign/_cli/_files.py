@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stalign.io._slides import read_slide, replacing, write_slide
+
 if TYPE_CHECKING:
-    from anndata import AnnData
     from matplotlib.figure import Figure
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` and rename it when the block ends well: no half-written file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+__all__ = ["check_output", "read_markers", "read_slide", "replacing", "write_figure", "write_slide"]
 
 
 def check_output(path: Path, *, overwrite: bool) -> Path:
@@ -34,45 +22,12 @@ def check_output(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def read_slide(path: Path) -> AnnData:
-    """Read an ``.h5ad`` file, an AnnData ``.zarr`` folder, or a Space Ranger ``outs`` folder (Visium, Visium HD)."""
-    import anndata
-
-    if path.suffix == ".h5ad":
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
-        return anndata.read_h5ad(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}.")
-    if path.suffix == ".zarr":
-        return anndata.read_zarr(path)
-    if (path / "binned_outputs").is_dir():
-        from stalign.io import read_visium_hd
-
-        return read_visium_hd(path)
-    if (path / "spatial").is_dir():
-        from stalign.io import read_visium
-
-        return read_visium(path)
-    raise ValueError(
-        f"{path} is no slide that can be read. Readable: an .h5ad file, a .zarr folder written by AnnData, a Space "
-        "Ranger `outs` folder of Visium (with `spatial/`) or Visium HD (with `binned_outputs/`; bins of 8 µm are "
-        "taken). Other formats: read them with `stalign.io` and write an .h5ad."
-    )
-
-
-def write_slide(adata: AnnData, path: Path) -> None:
-    """Write an ``.h5ad`` file."""
-    with replacing(path) as temporary:
-        adata.write_h5ad(temporary, compression="gzip")
-
-
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure and close it."""
     import matplotlib.pyplot as plt
 
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+        figure.savefig(temporary, format=path.suffix[1:], dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -17,6 +17,7 @@ from stalign._validate import check_choice, listing, near
 from stalign.io._files import (
     PIXEL_COLUMNS,
     contents,
+    plain,
     repeats_allowed,
     require_folder,
     unique_genes,
@@ -72,7 +73,8 @@ def read_stimage1k4m(
     - ``obsm["spatial"]``: (n, 2) float64 (x, y) in pixels of the picture
     - ``uns["spatial"][slide]["scalefactors"]``: ``spot_diameter_fullres``, twice the radius; ``bin_size_um`` where the
       names hold it
-    - ``uns["spatial"][slide]["metadata"]``: ``technology``, ``source_image_path``
+    - ``uns["spatial"][slide]["metadata"]``: ``technology``, ``source_image_path``, and what the collection's
+      ``meta/meta_all_gene*.csv`` says about the slide (``species``, ``tissue``, ``pmid``, …), where it is there
 
     Raises
     ------
@@ -98,7 +100,7 @@ def read_stimage1k4m(
     adata = _join(counts, spots, genes, positions, slide)
     scalefactors = {"spot_diameter_fullres": 2 * float(np.median(positions["r"]))}
     scalefactors.update(_add_array(adata, technology))
-    metadata = {"technology": _TECHNOLOGIES[technology]}
+    metadata = {**_about(folder, slide), "technology": _TECHNOLOGIES[technology]}
     picture = _find_picture(folder, slide)
     if picture is not None:
         metadata["source_image_path"] = str(picture)
@@ -149,6 +151,17 @@ def _find_picture(folder: Path, slide: str) -> Path | None:
             return picture.resolve()
     logger.warning("There is no picture '%s'; the slide is read without.", folder / "image" / f"{slide}.png")
     return None
+
+
+def _about(folder: Path, slide: str) -> dict[str, Any]:
+    """Return the slide's row of the collection's table, which stands beside the folders of the technologies."""
+    for file in sorted((folder.resolve().parent / "meta").glob("meta_all_gene*.csv")):
+        with whole(file, "a table of slides"):
+            table = pd.read_csv(file)
+        rows = table.loc[table["slide"].astype(str) == slide] if "slide" in table else table.iloc[:0]
+        if len(rows):
+            return plain({str(name): value for name, value in rows.iloc[0].drop("slide").items()})
+    return {}
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

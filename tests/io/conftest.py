@@ -6,10 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
 from scipy.sparse import csc_matrix, csr_matrix
 
@@ -152,3 +154,65 @@ def hd_folder(tmp_path: Path, bins: Section) -> Path:
     positions(bins).to_parquet(square / "spatial" / "tissue_positions.parquet", index=False)
     write_pictures(square / "spatial", bins, microns_per_pixel=MPP, bin_size_um=8.0, spot_diameter_fullres=8.0 / MPP)
     return folder
+
+
+HEST_METADATA = {
+    "id": "TENX95",
+    "st_technology": "Visium",
+    "organ": "Breast",
+    "patient": None,
+    "pixel_size_um_estimated": 0.5,
+    "pixel_size_um_embedded": 0.501,
+    "inter_spot_dist": 100.0,
+    "spot_diameter": 55.0,
+    "spots_under_tissue": 54,
+    "treatment_comment": float("nan"),
+}
+
+
+@pytest.fixture
+def hest(tmp_path, visium):
+    """``st/``, ``wsis/`` with a pyramid and ``metadata/`` of one sample, as the collection's own code writes them."""
+    for name in ("st", "wsis", "metadata", "patches"):
+        (tmp_path / name).mkdir()
+    obs = pd.DataFrame({"in_tissue": 1, "array_row": visium.rows, "array_col": visium.cols}, index=visium.barcodes)
+    adata = anndata.AnnData(visium.counts.tocsc().astype(np.int64), obs=obs)
+    adata.var_names = visium.genes
+    adata.obsm["spatial"] = np.rint(visium.xy).astype(np.int64)
+    factor = 300 / max(visium.image.shape[:2])
+    rows, cols = (np.arange(int(side * factor)) for side in visium.image.shape[:2])
+    small = visium.image[(rows[:, None] / factor).astype(int), (cols / factor).astype(int)]
+    factors = {"tissue_downscaled_fullres_scalef": factor, "spot_diameter_fullres": 55.0 / 0.5}
+    adata.uns["spatial"] = {"ST": {"images": {"downscaled_fullres": small}, "scalefactors": factors}}
+    adata.write_h5ad(tmp_path / "st" / "TENX95.h5ad")
+    options = {"tile": (128, 128), "compression": "jpeg", "photometric": "rgb", "resolutionunit": "CENTIMETER"}
+    with tifffile.TiffWriter(tmp_path / "wsis" / "TENX95.tif", bigtiff=True) as tif:
+        tif.write(visium.image, resolution=(2e4, 2e4), **options)
+        tif.write(visium.image[::2, ::2], resolution=(1e4, 1e4), subfiletype=1, **options)
+    (tmp_path / "metadata" / "TENX95.json").write_text(json.dumps(HEST_METADATA))
+    return tmp_path
+
+
+def write_slide(root, section, technology, slide, names, radius):
+    """The tables as pandas writes them, named after the slide."""
+    folder = root / technology
+    for name in ("coord", "gene_exp", "image"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    coord = pd.DataFrame({"yaxis": section.xy[:, 1], "xaxis": section.xy[:, 0], "r": radius}, index=names)
+    coord.iloc[::-1].to_csv(folder / "coord" / f"{slide}_coord.csv")
+    counts = pd.DataFrame(section.counts.toarray(), index=names, columns=section.genes)
+    counts.to_csv(folder / "gene_exp" / f"{slide}_count.csv")
+    Image.fromarray(section.image).save(folder / "image" / f"{slide}.png")
+    return folder
+
+
+@pytest.fixture
+def collection(tmp_path, visium, legacy, bins):
+    write_slide(
+        tmp_path, legacy, "ST", "Human_Breast_ST_A1", [f"Human_Breast_ST_{n[5:]}" for n in legacy.barcodes], 100
+    )
+    names = [f"Human_Brain_V1_{barcode}" for barcode in visium.barcodes]
+    write_slide(tmp_path, visium, "Visium", "Human_Brain_V1", names, 65.0)
+    names = [f"Human_Colon_HD_{barcode}" for barcode in bins.barcodes]
+    write_slide(tmp_path, bins, "VisiumHD", "Human_Colon_HD", names, 8.0)
+    return tmp_path

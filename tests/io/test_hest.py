@@ -5,49 +5,12 @@ import logging
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
-import tifffile
 
 import stalign as sta
 from stalign.slide import ScaleWarning
 
 GEOMETRY = {"n_neighbors": 6, "spot_um": 50.0, "niche_um": 200.0}
-METADATA = {
-    "id": "TENX95",
-    "st_technology": "Visium",
-    "organ": "Breast",
-    "patient": None,
-    "pixel_size_um_estimated": 0.5,
-    "pixel_size_um_embedded": 0.501,
-    "inter_spot_dist": 100.0,
-    "spot_diameter": 55.0,
-    "spots_under_tissue": 54,
-    "treatment_comment": float("nan"),
-}
-
-
-@pytest.fixture
-def hest(tmp_path, visium):
-    """``st/``, ``wsis/`` with a pyramid and ``metadata/`` of one sample, as the collection's own code writes them."""
-    for name in ("st", "wsis", "metadata", "patches"):
-        (tmp_path / name).mkdir()
-    obs = pd.DataFrame({"in_tissue": 1, "array_row": visium.rows, "array_col": visium.cols}, index=visium.barcodes)
-    adata = anndata.AnnData(visium.counts.tocsc().astype(np.int64), obs=obs)
-    adata.var_names = visium.genes
-    adata.obsm["spatial"] = np.rint(visium.xy).astype(np.int64)
-    factor = 300 / max(visium.image.shape[:2])
-    rows, cols = (np.arange(int(side * factor)) for side in visium.image.shape[:2])
-    small = visium.image[(rows[:, None] / factor).astype(int), (cols / factor).astype(int)]
-    factors = {"tissue_downscaled_fullres_scalef": factor, "spot_diameter_fullres": 55.0 / 0.5}
-    adata.uns["spatial"] = {"ST": {"images": {"downscaled_fullres": small}, "scalefactors": factors}}
-    adata.write_h5ad(tmp_path / "st" / "TENX95.h5ad")
-    options = {"tile": (128, 128), "compression": "jpeg", "photometric": "rgb", "resolutionunit": "CENTIMETER"}
-    with tifffile.TiffWriter(tmp_path / "wsis" / "TENX95.tif", bigtiff=True) as tif:
-        tif.write(visium.image, resolution=(2e4, 2e4), **options)
-        tif.write(visium.image[::2, ::2], resolution=(1e4, 1e4), subfiletype=1, **options)
-    (tmp_path / "metadata" / "TENX95.json").write_text(json.dumps(METADATA))
-    return tmp_path
 
 
 def change(folder, **values):

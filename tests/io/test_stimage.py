@@ -5,36 +5,10 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 import stalign as sta
 from stalign.io import _stimage
 from stalign.slide import ScaleWarning
-
-
-def write_slide(root, section, technology, slide, names, radius):
-    """The tables as pandas writes them, named after the slide."""
-    folder = root / technology
-    for name in ("coord", "gene_exp", "image"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    coord = pd.DataFrame({"yaxis": section.xy[:, 1], "xaxis": section.xy[:, 0], "r": radius}, index=names)
-    coord.iloc[::-1].to_csv(folder / "coord" / f"{slide}_coord.csv")
-    counts = pd.DataFrame(section.counts.toarray(), index=names, columns=section.genes)
-    counts.to_csv(folder / "gene_exp" / f"{slide}_count.csv")
-    Image.fromarray(section.image).save(folder / "image" / f"{slide}.png")
-    return folder
-
-
-@pytest.fixture
-def collection(tmp_path, visium, legacy, bins):
-    write_slide(
-        tmp_path, legacy, "ST", "Human_Breast_ST_A1", [f"Human_Breast_ST_{n[5:]}" for n in legacy.barcodes], 100
-    )
-    names = [f"Human_Brain_V1_{barcode}" for barcode in visium.barcodes]
-    write_slide(tmp_path, visium, "Visium", "Human_Brain_V1", names, 65.0)
-    names = [f"Human_Colon_HD_{barcode}" for barcode in bins.barcodes]
-    write_slide(tmp_path, bins, "VisiumHD", "Human_Colon_HD", names, 8.0)
-    return tmp_path
 
 
 def scale_of(adata, library, **geometry):
@@ -56,6 +30,34 @@ def test_legacy_st(collection, legacy, recwarn):
     assert (entry["mpp_source"], entry["pitch_um"], entry["image"]) == ("pitch", 200.0, "path")
     np.testing.assert_array_equal(sta.pp.get_patches(adata, size=16)[:, 8, 8], legacy.colours)
     assert not [warning for warning in recwarn if warning.category is ScaleWarning]
+
+
+def test_what_the_collection_says_about_a_slide(collection, legacy):
+    assert set(metadata_of(sta.io.read_stimage1k4m(collection, "Human_Breast_ST_A1"))) == {
+        "technology",
+        "source_image_path",
+    }
+    (collection / "meta").mkdir()
+    table = pd.DataFrame(
+        {
+            "slide": ["Human_Brain_V1", "Human_Breast_ST_A1"],
+            "species": ["human", "human"],
+            "tissue": ["brain", "breast"],
+            "tech": ["Visium", "ST"],
+            "pmid": [1, 34650042],
+            "title": [None, None],
+        }
+    )
+    table.to_csv(collection / "meta" / "meta_all_gene02122025.csv", index=False)
+    for path in (collection, collection / "ST"):
+        metadata = metadata_of(sta.io.read_stimage1k4m(path, "Human_Breast_ST_A1"))
+        assert (metadata["species"], metadata["tissue"], metadata["pmid"]) == ("human", "breast", 34650042)
+        assert metadata["technology"] == "Spatial Transcriptomics"
+        assert "title" not in metadata  # empty
+
+
+def metadata_of(adata):
+    return adata.uns["spatial"]["Human_Breast_ST_A1"]["metadata"]
 
 
 def test_visium_pitch_without_array_positions(collection, visium):
