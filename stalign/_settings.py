@@ -26,13 +26,20 @@ class Settings:
     amp
         Mixed precision of the encoders: ``None`` (float32), ``"bf16"`` or ``"fp16"``.
     batch_size
-        Spots in one forward pass.
+        Spots in one forward pass; ``None`` finds out what suits the model and the device.
     num_workers
-        Threads that read pixels ahead of the encoder; 0 reads in the calling thread.
+        Threads that read pixels ahead of the encoder; 0 reads in the calling thread, ``None`` takes as many as suit
+        the device.
+    compile
+        Whether models are compiled by :func:`torch.compile` before they run: slow at first, then faster on a GPU.
     progress
         Whether progress bars are shown.
     cache_dir
         The one folder where downloaded checkpoints are kept.
+    tile_cache_bytes
+        Most bytes of decoded tiles that are kept while slides are read, over all open images together.
+    max_image_pixels
+        Largest picture, or single piece of one (strip, tile, chunk), that is decoded at once; more is refused.
     seed
         Seed of everything that is random and was not given its own.
     verbosity
@@ -47,10 +54,13 @@ class Settings:
     def __init__(self) -> None:
         self._device = "auto"
         self._amp: str | None = None
-        self._batch_size = 256
-        self._num_workers = 0
+        self._batch_size: int | None = None
+        self._num_workers: int | None = None
+        self._compile = False
         self._progress = True
         self._cache_dir = Path(os.environ.get("STALIGN_CACHE_DIR", Path.home() / ".cache" / "stalign"))
+        self._tile_cache_bytes = 256 * 2**20
+        self._max_image_pixels = 10**9
         self._seed = 0
         self.verbosity = "INFO"
 
@@ -83,22 +93,33 @@ class Settings:
         self._amp = value
 
     @property
-    def batch_size(self) -> int:
-        """Spots in one forward pass."""
+    def batch_size(self) -> int | None:
+        """Spots in one forward pass, or ``None``."""
         return self._batch_size
 
     @batch_size.setter
-    def batch_size(self, value: int) -> None:
-        self._batch_size = _positive_int("batch_size", value)
+    def batch_size(self, value: int | None) -> None:
+        self._batch_size = None if value is None else _positive_int("batch_size", value)
 
     @property
-    def num_workers(self) -> int:
-        """Threads that read pixels ahead of the encoder."""
+    def num_workers(self) -> int | None:
+        """Threads that read pixels ahead of the encoder, or ``None``."""
         return self._num_workers
 
     @num_workers.setter
-    def num_workers(self, value: int) -> None:
-        self._num_workers = _positive_int("num_workers", value, minimum=0)
+    def num_workers(self, value: int | None) -> None:
+        self._num_workers = None if value is None else _positive_int("num_workers", value, minimum=0)
+
+    @property
+    def compile(self) -> bool:
+        """Whether models are compiled before they run."""
+        return self._compile
+
+    @compile.setter  # noqa: A003
+    def compile(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"settings.compile must be True or False, got {value!r}.")
+        self._compile = value
 
     @property
     def progress(self) -> bool:
@@ -119,6 +140,24 @@ class Settings:
     @cache_dir.setter
     def cache_dir(self, value: str | Path) -> None:
         self._cache_dir = Path(value).expanduser()
+
+    @property
+    def tile_cache_bytes(self) -> int:
+        """Most bytes of decoded tiles that are kept."""
+        return self._tile_cache_bytes
+
+    @tile_cache_bytes.setter
+    def tile_cache_bytes(self, value: int) -> None:
+        self._tile_cache_bytes = _positive_int("tile_cache_bytes", value)
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Largest picture, or piece of one, that is decoded at once."""
+        return self._max_image_pixels
+
+    @max_image_pixels.setter
+    def max_image_pixels(self, value: int) -> None:
+        self._max_image_pixels = _positive_int("max_image_pixels", value)
 
     @property
     def seed(self) -> int:

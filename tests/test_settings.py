@@ -19,7 +19,9 @@ def fresh(monkeypatch):
 def test_defaults(fresh):
     assert fresh.device == "auto"
     assert fresh.amp is None
-    assert fresh.num_workers == 0
+    assert fresh.batch_size is None
+    assert fresh.num_workers is None
+    assert fresh.compile is False
     assert fresh.progress is True
     assert fresh.seed == 0
     assert fresh.verbosity == logging.INFO

@@ -6,6 +6,10 @@ import numpy as np
 
 # A slide's colours are known well from this many patches.
 MAX_PATCHES = 1024
+# On a slide of very many spots the patches are taken in groups, so that the look ahead does not read the whole file.
+_MANY_SPOTS = 16 * MAX_PATCHES
+_GROUP = 8
+_SQUARES = 512
 
 
 def colour_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +43,8 @@ def colour_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def spread_over_slide(coordinates: np.ndarray, limit: int = MAX_PATCHES) -> np.ndarray:
     """Choose at most ``limit`` spots spread over the slide, whatever their order.
 
+    Among very many spots (more than 16,384) these are groups of eight neighbours.
+
     Parameters
     ----------
     coordinates
@@ -53,4 +59,12 @@ def spread_over_slide(coordinates: np.ndarray, limit: int = MAX_PATCHES) -> np.n
     order = np.lexsort((coordinates[:, 1], coordinates[:, 0]))
     if len(order) <= limit:
         return order
-    return order[np.linspace(0, len(order) - 1, limit).round().astype(np.intp)]
+    if len(order) <= _MANY_SPOTS:
+        return order[np.linspace(0, len(order) - 1, limit).round().astype(np.intp)]
+    low, high = coordinates.min(axis=0), coordinates.max(axis=0)
+    square = np.floor((coordinates - low) / np.maximum(high - low, 1e-9) * _SQUARES)
+    near = np.lexsort((coordinates[:, 1], coordinates[:, 0], square[:, 1], square[:, 0]))
+    n_groups = max(1, limit // _GROUP)
+    starts = np.linspace(0, len(order) - _GROUP, n_groups).round().astype(np.intp)
+    chosen = near[np.unique((starts[:, None] + np.arange(_GROUP)).ravel())]
+    return chosen[np.lexsort((coordinates[chosen, 1], coordinates[chosen, 0]))]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3, 4)
 _WAY_OUT = "Pass the image as uint8, uint16 or float in [0, 1], grey, RGB or RGBA, channels last or first."
 
 
@@ -30,9 +30,9 @@ def pixel_layout(shape: tuple[int, ...]) -> Layout:
         )
     if len(shape) == 2:
         return Layout(shape[0], shape[1], 1, -1)
-    if shape[2] in _CHANNELS:
+    if shape[2] in CHANNELS:
         return Layout(shape[0], shape[1], shape[2], 2)
-    if shape[0] in _CHANNELS:
+    if shape[0] in CHANNELS:
         return Layout(shape[1], shape[2], shape[0], 0)
     raise ValueError(
         f"An image of shape {shape} has no channel axis of length 1 (grey), 3 (RGB) or 4 (RGBA). "
@@ -88,6 +88,14 @@ def channels_to_rgb(array: np.ndarray, channel_axis: int) -> np.ndarray:
     alpha = array[..., 3:].astype(np.uint16)
     colour = array[..., :3].astype(np.uint16)
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def ycbcr_to_rgb(array: np.ndarray) -> np.ndarray:
+    """Turn full-range YCbCr, (..., 3) uint8, into RGB (ITU-R BT.601, as in JFIF)."""
+    y = array[..., 0].astype(np.float32)
+    blue, red = (array[..., channel].astype(np.float32) - 128 for channel in (1, 2))
+    rgb = np.stack([y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue], axis=-1)
+    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
 
 
 def to_rgb_uint8(array: Any) -> np.ndarray:

@@ -1,32 +1,25 @@
-"""One face for pixels in memory, in a TIFF and in a zarr store."""
+"""One face for pixels in memory, in files and in stores."""
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from stalign.slide._convert import (
-    channels_to_rgb,
-    check_dtype,
-    pixel_layout,
-    sixteen_bit_divisor,
-    to_rgb_uint8,
-    to_uint8,
-)
+from stalign._settings import settings
+from stalign._validate import check_positive
+from stalign.slide._convert import to_rgb_uint8
 
-MAX_PIXELS = 2**31
-"""Largest picture that is decoded as a whole; larger ones must be tiled."""
-
-_TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".scn", ".qptiff", ".bif", ".lsm")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp")
 _MIN_SIDE = 128
 _BACKGROUND_SAMPLE = 1_000_000
-_THUMBNAIL_READ = 400_000_000
+_BAND_PIXELS = 2**24
 
 
 class SlideImage(ABC):
@@ -85,7 +78,9 @@ class SlideImage(ABC):
                 f"The window (top={top}, left={left}, height={height}, width={width}) does not lie inside "
                 f"level {level} of {rows} × {columns} pixels."
             )
-        return self._read(level, int(top), int(left), int(height), int(width))
+        window = self._read(level, int(top), int(left), int(height), int(width))
+        # Tiles that are kept for other readers must not be written into.
+        return window if window.flags.writeable else window.copy()
 
     def level_for(self, shrink: float) -> int:
         """Return the coarsest level that is at least as fine as a target pixel of ``shrink`` level-0 pixels."""
@@ -93,6 +88,14 @@ class SlideImage(ABC):
             i for i, downsample in enumerate(self.level_downsamples) if downsample <= max(shrink, 1.0) * 1.001
         ]
         return max(fine_enough, key=lambda i: self.level_downsamples[i])
+
+    def reduction_for(self, shrink: float) -> tuple[int, int]:
+        """Return the level to read for a target pixel of ``shrink`` level-0 pixels, and by how much to average it."""
+        return self.level_for(shrink), 1
+
+    def _window(self, level: int, factor: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Return a window of a level that is averaged by ``factor``, in pixels of the averages."""
+        return self._read(level, top, left, height, width)
 
     @property
     def background(self) -> np.ndarray:
@@ -126,27 +129,29 @@ class SlideImage(ABC):
         -------
         (height, width, 3) uint8, and the factor; the picture itself where it is small enough.
         """
-        factor = max(1.0, max(self.height, self.width) / max_side)
-        level = SlideImage.level_for(self, factor)
-        height, width = self.level_size(level)
-        rest = factor / self.level_downsamples[level]
-        if rest <= 1.001:
-            return self._read(level, 0, 0, height, width), self.level_downsamples[level]
-        target = (max(1, round(height / rest)), max(1, round(width / rest)))
-        if height * width > _THUMBNAIL_READ:
-            # Too much to read for a glance: every so-many-th row of pixels.
-            return self._strided(level, target), self.height / target[0]
+        shrink = max(1.0, max(self.height, self.width) / max_side)
+        level, factor = self.reduction_for(shrink)
+        height, width = (-(-side // factor) for side in self.level_size(level))
+        spanned = self.level_downsamples[level] * factor
+        if shrink / spanned <= 1.001:
+            return self._window(level, factor, 0, 0, height, width), spanned
+        target = (max(1, round(self.height / shrink)), max(1, round(self.width / shrink)))
+        return self._box_resized(level, factor, (height, width), target), self.height / target[0]
+
+    def _box_resized(self, level: int, factor: int, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
+        """Average a whole level down to a small size, band by band."""
         from PIL import Image
 
-        picture = Image.fromarray(np.ascontiguousarray(self._read(level, 0, 0, height, width)))
-        small = np.asarray(picture.resize(target[::-1], Image.Resampling.BOX))
-        return small, self.height / target[0]
-
-    def _strided(self, level: int, target: tuple[int, int]) -> np.ndarray:
-        height, width = self.level_size(level)
-        rows = ((np.arange(target[0]) + 0.5) * height / target[0]).astype(np.intp)
-        columns = ((np.arange(target[1]) + 0.5) * width / target[1]).astype(np.intp)
-        return np.stack([self._read(level, int(row), 0, 1, width)[0, columns] for row in rows])
+        ratio = size[0] / target[0]
+        out = np.empty((*target, 3), dtype=np.uint8)
+        step = max(1, int(_BAND_PIXELS / (size[1] * ratio)))
+        for first in range(0, target[0], step):
+            last = min(first + step, target[0])
+            top, bottom = int(first * ratio), min(int(np.ceil(last * ratio)), size[0])
+            band = Image.fromarray(np.ascontiguousarray(self._window(level, factor, top, 0, bottom - top, size[1])))
+            box = (0, first * ratio - top, size[1], min(last * ratio, size[0]) - top)
+            out[first:last] = np.asarray(band.resize((target[1], last - first), resample=Image.Resampling.BOX, box=box))
+        return out
 
     def close(self) -> None:
         """Release the file, where there is one."""
@@ -191,14 +196,16 @@ class ArrayImage(SlideImage):
     def __init__(self, array: np.ndarray) -> None:
         super().__init__()
         self._levels = [to_rgb_uint8(array)]
+        self._lock = threading.Lock()
         self.height, self.width = self._levels[0].shape[:2]
         depth = max(0, int(np.floor(np.log2(max(1.0, min(self.height, self.width) / _MIN_SIDE)))))
         self.level_downsamples = tuple(float(2**i) for i in range(depth + 1))
 
     def level_array(self, level: int) -> np.ndarray:
         """Return a whole level, (height, width, 3) uint8."""
-        while len(self._levels) <= level:
-            self._levels.append(_halve(self._levels[-1]))
+        with self._lock:
+            while len(self._levels) <= level:
+                self._levels.append(halve(self._levels[-1]))
         return self._levels[level]
 
     def level_size(self, level: int) -> tuple[int, int]:
@@ -218,16 +225,30 @@ class ArrayImage(SlideImage):
         return self._levels[0][::step, ::step]
 
 
-def _halve(array: np.ndarray) -> np.ndarray:
-    """Average 2 × 2 pixels; an odd last row or column stands twice."""
+def halve(array: np.ndarray) -> np.ndarray:
+    """Average 2 × 2 pixels of a (height, width, 3) uint8 image; an odd last row or column stands twice."""
     height, width = array.shape[:2]
-    if height % 2 or width % 2:
-        array = np.pad(array, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    total = array[0::2, 0::2].astype(np.uint16)
-    total += array[1::2, 0::2]
-    total += array[0::2, 1::2]
-    total += array[1::2, 1::2]
-    return ((total + 2) >> 2).astype(np.uint8)
+    rows, columns = -(-height // 2), -(-width // 2)
+    out = np.empty((rows, columns, 3), dtype=np.uint8)
+    # In bands, so that the sums of a large image are never all there.
+    step = max(1, _BAND_PIXELS // (16 * max(width, 1)))
+    for first in range(0, rows, step):
+        band = array[2 * first : 2 * (first + step)]
+        upper, lower = band[0::2], band[1::2]
+        total = upper.astype(np.uint16)
+        total[: len(lower)] += lower
+        if len(lower) < len(upper):
+            total[-1] *= 2
+        # Colour by colour over flat rows: long strided sums are several times as fast as sums of three.
+        flat = total.reshape(len(total), 3 * width)
+        for channel in range(3):
+            left, right = flat[:, channel::6], flat[:, channel + 3 :: 6]
+            sums = left + np.uint16(2)
+            sums[:, : right.shape[1]] += right
+            if right.shape[1] < left.shape[1]:
+                sums[:, -1] += left[:, -1]
+            out[first : first + len(sums), :, channel] = sums >> 2
+    return out
 
 
 def natural_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float:
@@ -238,167 +259,44 @@ def natural_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float
     return float(whole) if exact else sum(ratios) / 2
 
 
-class LazyImage(SlideImage):
-    """Levels that are array-likes outside memory (zarr, dask): only the windows asked for are read.
-
-    Parameters
-    ----------
-    levels
-        Array-likes from fine to coarse, all of one layout.
-    mpp
-        µm per pixel of the first, where known.
-    """
-
-    def __init__(self, levels: Sequence[Any], *, mpp: float | None = None) -> None:
-        super().__init__()
-        self._arrays = list(levels)
-        self._layouts = [pixel_layout(array.shape) for array in self._arrays]
-        self.height, self.width = self._layouts[0][:2]
-        self.mpp = mpp
-        sizes = [layout[:2] for layout in self._layouts]
-        self.level_downsamples = tuple(natural_downsample(sizes[0], size) for size in sizes)
-        self._divisor: int | None = None
-        if check_dtype(self._arrays[0].dtype) == np.uint16:
-            coarsest = self._layouts[-1]
-            small = coarsest.height * coarsest.width <= 16 * _BACKGROUND_SAMPLE
-            self._divisor = sixteen_bit_divisor(np.asarray(self._arrays[-1][...])) if small else 257
-
-    def level_size(self, level: int) -> tuple[int, int]:
-        """Return (height, width) of a level."""
-        return self._layouts[level].height, self._layouts[level].width
-
-    def _read(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
-        window = (slice(top, top + height), slice(left, left + width))
-        axis = self._layouts[level].channel_axis
-        index = (slice(None), *window) if axis == 0 else window
-        return channels_to_rgb(to_uint8(np.asarray(self._arrays[level][index]), self._divisor), axis)
+_picture_lock = threading.Lock()
 
 
-def open_image(source: Any, *, max_pixels: int | None = None) -> SlideImage:
-    """Open pixels wherever they are.
+@contextmanager
+def open_picture(path: Path) -> Iterator[Any]:
+    """Open a PNG or JPEG with Pillow, without decoding it."""
+    from PIL import Image, UnidentifiedImageError
 
-    Parameters
-    ----------
-    source
-        A NumPy array, a zarr or dask array, or the path of a TIFF (flat or pyramidal, tiled or striped; OME-TIFF,
-        SVS and other dialects of TIFF), of a zarr array or OME-Zarr image, or of a PNG or JPEG.
-    max_pixels
-        Largest picture that is decoded as a whole (PNG, JPEG, a TIFF that is one strip); ``None`` allows 2³¹.
-
-    Returns
-    -------
-    A :class:`SlideImage`; close it, or use it in a ``with`` block.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the pixels cannot be read as RGB, or the picture is too large to decode as a whole.
-    TypeError
-        If ``source`` is something else.
-
-    Examples
-    --------
-    >>> with open_image(np.zeros((300, 200, 3), dtype=np.uint8)) as image:
-    ...     image.height, image.width
-    (300, 200)
-    """
-    if isinstance(source, SlideImage):
-        return source
-    if isinstance(source, np.ndarray):
-        return ArrayImage(source)
-    if isinstance(source, (str, Path)):
-        return _open_path(Path(source).expanduser(), MAX_PIXELS if max_pixels is None else max_pixels)
-    if all(hasattr(source, name) for name in ("shape", "dtype", "__getitem__")):
-        return LazyImage([source])
-    raise TypeError(
-        f"Cannot open {type(source).__name__} as an image. Pass a NumPy, zarr or dask array, or a path to a TIFF, "
-        "zarr, PNG or JPEG."
-    )
-
-
-def _open_path(path: Path, max_pixels: int) -> SlideImage:
-    if not path.exists():
-        raise FileNotFoundError(f"No image at '{path}'. Pass the path of a TIFF, zarr, PNG or JPEG.")
-    if path.is_dir():
-        return _open_zarr(path)
-    suffix = path.suffix.lower()
-    if suffix in PICTURE_SUFFIXES:
-        return _open_picture(path, max_pixels)
-    if suffix in _TIFF_SUFFIXES or _looks_like_tiff(path):
-        from stalign.slide._tiff import TiffImage
-
-        return TiffImage(path, max_pixels=max_pixels)
-    raise ValueError(
-        f"'{path.name}' is none of the formats that can be read: TIFF ({', '.join(_TIFF_SUFFIXES)}), zarr, "
-        f"{', '.join(PICTURE_SUFFIXES)}. Convert it to a tiled TIFF."
-    )
-
-
-def _looks_like_tiff(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
-def _open_picture(path: Path, max_pixels: int) -> ArrayImage:
-    from PIL import Image
-
-    # Pillow's own limit is a guess at an attack; ours is an argument.
-    width, height = picture_size(path)
-    check_whole(path, height, width, max_pixels)
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path) as picture:
-            if picture.mode == "1":
-                raise ValueError(f"'{path.name}' is a 1-bit picture, a mask rather than an image. Pass an RGB image.")
-            array = np.asarray(picture.convert("RGBA") if picture.mode in ("P", "PA", "LA") else picture)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    return ArrayImage(array)
+    # Pillow's own limit guesses at an attack and is a global; ours is an argument and is checked by the caller.
+    with _picture_lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            picture = Image.open(path)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"'{path.name}' cannot be read as an image; is the file complete?") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with picture:
+        yield picture
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Return width and height of a PNG or JPEG; only its header is read."""
-    from PIL import Image, UnidentifiedImageError
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except UnidentifiedImageError as error:
-        raise ValueError(f"'{path.name}' cannot be read as an image; is the file complete?") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with open_picture(path) as picture:
+        return picture.size
 
 
-def check_whole(path: Path, height: int, width: int, max_pixels: int) -> None:
-    """Refuse a picture that would be decoded as a whole and is larger than ``max_pixels``."""
+def pixel_limit(max_pixels: int | None) -> int:
+    """Return the largest number of pixels that may be decoded at once: what is passed, else the setting."""
+    return settings.max_image_pixels if max_pixels is None else check_positive("max_pixels", max_pixels, integer=True)
+
+
+def check_whole(name: str, size: tuple[int, int], max_pixels: int, piece: str = "") -> None:
+    """Refuse a picture, or a piece of one, that can only be decoded as a whole and is larger than ``max_pixels``."""
+    height, width = size
     if height * width > max_pixels:
         raise ValueError(
-            f"'{path.name}' has {height} × {width} pixels and can only be decoded as a whole "
-            f"(limit max_pixels={max_pixels}). Convert it to a tiled TIFF, or raise `max_pixels`."
+            f"'{name}' has {piece}{height} × {width} pixels and can only be decoded as a whole: more than the limit of "
+            f"{max_pixels} pixels. Convert it to a tiled TIFF; or, if you trust the file and have the memory, pass "
+            "`max_pixels=...` to `stalign.slide.open_image` or raise `stalign.settings.max_image_pixels`."
         )
-
-
-def _open_zarr(path: Path) -> LazyImage:
-    import zarr
-
-    node = zarr.open(str(path), mode="r")
-    if hasattr(node, "shape"):
-        return LazyImage([node])
-    attributes = dict(node.attrs)
-    scales = attributes.get("ome", attributes).get("multiscales")
-    if not scales:
-        raise ValueError(
-            f"The zarr group '{path}' is not an image: it has no 'multiscales' metadata. "
-            f"It holds {sorted(node.keys())}; pass the path of one array."
-        )
-    return LazyImage([_plane(node[dataset["path"]]) for dataset in scales[0]["datasets"]])
-
-
-def _plane(array: Any) -> Any:
-    """Refuse OME-Zarr arrays with time or depth; (c, y, x) and (y, x) are images."""
-    if len(array.shape) > 3:
-        raise ValueError(f"An OME-Zarr image of shape {tuple(array.shape)} has time or depth. Pass one plane of it.")
-    return array

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,8 +12,10 @@ import numpy as np
 from stalign._keys import Key
 from stalign._validate import check_positive, get_coordinates, get_library_codes, listing, require_key
 from stalign.slide._colour import colour_statistics, spread_over_slide
-from stalign.slide._image import SlideImage, open_image
+from stalign.slide._image import SlideImage
+from stalign.slide._open import open_image
 from stalign.slide._patches import read_patches
+from stalign.slide._plan import tile_order
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -112,15 +115,17 @@ class PatchReader:
         with_image = np.array([self._entries[name]["image"] != "none" for name in self.libraries], dtype=bool)
         self.has_image = with_image[self.codes]
         self._images: dict[str, SlideImage] = {}
+        self._lock = threading.Lock()
 
     def image(self, library: str) -> SlideImage | None:
         """Return the open image of a library, ``None`` if it has none."""
-        if library not in self._images:
-            image = open_library_image(self._adata, library)
-            if image is None:
-                return None
-            self._images[library] = image
-        return self._images[library]
+        with self._lock:
+            if library not in self._images:
+                image = open_library_image(self._adata, library)
+                if image is None:
+                    return None
+                self._images[library] = image
+            return self._images[library]
 
     def opened(self, library: str) -> SlideImage:
         """Return the open image of a library, or raise a ValueError if it has none."""
@@ -142,6 +147,34 @@ class PatchReader:
         entry = self._entries[library]
         return check_positive("um", um) / float(entry["mpp"]) * float(entry["image_scale"])
 
+    def order(self, patches: Sequence[tuple[float, int]] = ()) -> np.ndarray:
+        """Order all spots, library by library, so that the tiles of a file are read once.
+
+        Spots on the same tiles follow each other, whichever patches are cut there and in batches of any size: reading
+        batch after batch (spot patches, niche patches, next batch) finds the tiles in the cache.
+
+        Parameters
+        ----------
+        patches
+            Sides in µm and in pixels of the patches that will be read at every spot.
+
+        Returns
+        -------
+        (n_obs,) positions of the spots. They depend on the coordinates, the image and ``patches`` alone.
+        """
+        parts = []
+        for code, library in enumerate(self.libraries):
+            here = np.flatnonzero(self.codes == code)
+            if not len(here):
+                continue
+            if self.has_image[here[0]]:
+                sides = [(self.side(um, library), pixels) for um, pixels in patches]
+                places = tile_order(self.opened(library), self.centers(here, library), sides)
+            else:
+                places = tile_order(None, self.coordinates[here], ())
+            parts.append(here[places])
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.intp)
+
     def read(self, index: np.ndarray, um: float, pixels: int) -> np.ndarray:
         """Read the patches of some spots.
 
@@ -161,7 +194,7 @@ class PatchReader:
         Raises
         ------
         ValueError
-            If a spot's library has no image.
+            If a spot's library has no image, or its image is smaller than one patch.
         """
         index = np.asarray(index, dtype=np.intp)
         codes = self.codes[index]
@@ -169,9 +202,21 @@ class PatchReader:
         for code in np.unique(codes):
             library = self.libraries[code]
             image = self.opened(library)
+            side = self.side(um, library)
+            self._check_size(image, um, side, library)
             here = np.flatnonzero(codes == code)
-            out[here] = read_patches(image, self.centers(index[here], library), self.side(um, library), pixels)
+            out[here] = read_patches(image, self.centers(index[here], library), side, pixels)
         return out
+
+    def _check_size(self, image: SlideImage, um: float, side: float, library: str) -> None:
+        if side > min(image.height, image.width):
+            entry = self._entries[library]
+            mpp = float(entry["mpp"]) / float(entry["image_scale"])
+            raise ValueError(
+                f"The image of library {library!r} has {image.height} × {image.width} pixels, less than one patch of "
+                f"{um:g} µm, which is {side:.4g} pixels at {mpp:.4g} µm per pixel of the image. Run "
+                "`stalign.pp.extract_niches` with another `image=...` or `image_key=...`, or with the right `mpp=...`."
+            )
 
     def colours(self, um: float, pixels: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the colour statistics of every library with an image, from patches spread over its spots.

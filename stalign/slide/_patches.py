@@ -8,9 +8,14 @@ import numpy as np
 
 from stalign._validate import check_positive
 from stalign.slide._image import ArrayImage, SlideImage
+from stalign.slide._tiles import TiledImage
 
-_CHUNK_BYTES = 48 * 2**20
+_RESAMPLE_BYTES = 2**20
+_MIN_STEP = 4
 _MIN_BLOCK = 512
+_RUN = 8
+_SMALL_SPAN = 64
+"""Windows up to this size are resampled in one run: small products cost more to start than to compute."""
 
 
 def inside_fraction(image_size_hw: tuple[int, int], centers: np.ndarray, size: float) -> np.ndarray:
@@ -82,19 +87,21 @@ def read_patches(
     centers = _check_centers(centers)
     size = check_positive("size", size)
     pixels = check_positive("pixels", pixels, integer=True)
+    factor = 1
     if level is None:
-        level = image.level_for(size / pixels)
+        level, factor = image.reduction_for(size / pixels)
     elif not 0 <= level < len(image.level_downsamples):
         raise ValueError(f"level={level} does not exist; the image has {len(image.level_downsamples)} levels.")
-    downsample = image.level_downsamples[level]
+    if isinstance(image, TiledImage) and len(centers):
+        image.check_content(level, centers)
+    downsample = image.level_downsamples[level] * factor
     corner = (centers - size / 2) / downsample
     ratio = size / downsample / pixels
     start, span = _window(corner, size / downsample, enlarge=ratio < 1)
     out = np.empty((len(centers), pixels, pixels, 3), dtype=np.uint8)
-    chunk = max(1, _CHUNK_BYTES // (span * span * 3 * 4))
-    for index, windows in _windows(image, level, start, span, chunk):
-        weights = _weights(corner[index] - start[index], ratio, pixels, span)
-        out[index] = _resample(windows, weights[:, 1], weights[:, 0])
+    resampler = _Resampler(ratio, pixels, span)
+    for index, windows in _windows(image, level, factor, start, span, resampler.step):
+        out[index] = resampler(windows, corner[index] - start[index])
     return out
 
 
@@ -113,47 +120,119 @@ def _window(corner: np.ndarray, side: float, *, enlarge: bool) -> tuple[np.ndarr
     return np.floor(corner).astype(np.int64) - margin, int(np.ceil(side - 1e-9)) + 1 + 2 * margin
 
 
-def _weights(offset: np.ndarray, ratio: float, pixels: int, span: int) -> np.ndarray:
-    """Weights (n, 2, pixels, span) of the window's pixels in each target pixel, for x and y; rows sum to 1."""
-    source = np.arange(span, dtype=np.float32)
-    edge = offset[:, :, None].astype(np.float32) + np.arange(pixels, dtype=np.float32) * np.float32(ratio)
-    edge = edge[..., None]
-    if ratio < 1:
-        weights = 1 - np.abs(edge + np.float32(ratio / 2) - (source + np.float32(0.5)))
-    else:
-        weights = np.minimum(edge + np.float32(ratio), source + 1)
-        weights -= np.maximum(edge, source)
-    np.maximum(weights, 0, out=weights)
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return weights
+class _Resampler:
+    """Resample windows of one size to ``pixels`` × ``pixels``, each at its own fraction of a pixel.
 
+    A target pixel has weights for the few source pixels under it alone. So the target is cut into runs, and each run is
+    one small matrix product with the part of the window that it can touch; first along rows, then along columns.
+    """
 
-def _resample(windows: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Apply row and column weights to (n, span, span, 3) windows as two batched matrix products."""
-    n, span = windows.shape[:2]
-    pixels = rows.shape[1]
-    planes = np.ascontiguousarray(windows.transpose(0, 1, 3, 2), dtype=np.float32).reshape(n, span, 3 * span)
-    shrunk = (rows @ planes).reshape(n, pixels * 3, span)
-    result = (shrunk @ columns.transpose(0, 2, 1)).reshape(n, pixels, 3, pixels)
-    result += np.float32(0.5)
-    np.clip(result, 0, 255, out=result)
-    return result.astype(np.uint8).transpose(0, 1, 3, 2)
+    def __init__(self, ratio: float, pixels: int, span: int) -> None:
+        self.ratio = np.float32(ratio)
+        self.pixels = pixels
+        self.span = span
+        run = pixels if span <= _SMALL_SPAN else min(_RUN, pixels)
+        firsts = np.arange(0, pixels, run)
+        # Offsets lie in [margin, margin + 1): the pixels that a run can touch are the same for all windows.
+        margin = 1 if ratio < 1 else 0
+        self.width = min(int(np.ceil(run * ratio)) + 2 + 2 * margin, span)
+        self.lows = np.minimum((firsts * ratio).astype(int), span - self.width)
+        targets = np.minimum(firsts[:, None] + np.arange(run), pixels - 1)
+        self.edges = targets[..., None].astype(np.float32) * self.ratio
+        self.source = (self.lows[:, None, None] + np.arange(self.width)).astype(np.float32)
+        self.runs = [
+            (number, low, first, min(first + run, pixels))
+            for number, (low, first) in enumerate(zip(self.lows.tolist(), firsts.tolist(), strict=True))
+        ]
+        # Few windows at a time: what lies between the two products then stays in the processor's cache.
+        self.step = max(_MIN_STEP, _RESAMPLE_BYTES // (span * span * 12))
+        self.spread = np.zeros((self.step, len(self.runs), self.width, 3, run, 3), dtype=np.float32)
+
+    def __call__(self, windows: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Return (n, pixels, pixels, 3) uint8 of (n, span, span, 3) windows; ``offset`` is (n, 2), x and y."""
+        n, span, pixels = len(windows), self.span, self.pixels
+        weights = self._weights(offset.astype(np.float32))
+        flat = windows.reshape(n, span, 3 * span).astype(np.float32)
+        shrunk = np.empty((n, pixels, 3 * span), dtype=np.float32)
+        for run, low, first, last in self.runs:
+            rows = weights[:, 1, run, : last - first]
+            np.matmul(rows, flat[:, low : low + self.width], out=shrunk[:, first:last])
+        # The colours of a pixel lie side by side: each weight stands three times on the diagonal of its own square.
+        spread = self.spread[:n]
+        for colour in range(3):
+            spread[:, :, :, colour, :, colour] = weights[:, 0].swapaxes(-1, -2)
+        columns = spread.reshape(n, len(self.runs), 3 * self.width, -1)
+        result = np.empty((n, pixels, 3 * pixels), dtype=np.float32)
+        for run, low, first, last in self.runs:
+            part = shrunk[:, :, 3 * low : 3 * (low + self.width)]
+            np.matmul(part, columns[:, run, :, : 3 * (last - first)], out=result[:, :, 3 * first : 3 * last])
+        # Means of bytes stay in their range.
+        result += np.float32(0.5)
+        return result.astype(np.uint8).reshape(n, pixels, pixels, 3)
+
+    def _weights(self, offset: np.ndarray) -> np.ndarray:
+        """Weights (n, 2, runs, run, width) of the source pixels that a run can touch, for x and y; rows sum to 1."""
+        edge = offset[:, :, None, None, None] + self.edges
+        if self.ratio < 1:
+            weights = edge + (self.ratio / 2 - np.float32(0.5)) - self.source
+            np.abs(weights, out=weights)
+            np.subtract(1, weights, out=weights)
+        else:
+            weights = np.minimum(edge + self.ratio, self.source + 1)
+            weights -= np.maximum(edge, self.source)
+        np.maximum(weights, 0, out=weights)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return weights
 
 
 def _windows(
-    image: SlideImage, level: int, start: np.ndarray, span: int, chunk: int
+    image: SlideImage, level: int, factor: int, start: np.ndarray, span: int, step: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (indices, windows) until all patches are read; near patches of a file share one read."""
+    """Yield (indices, windows) of at most ``step`` patches until all are read; near patches of a file share a read."""
     if isinstance(image, ArrayImage):
         pixels = image.level_array(level)
-        for first in range(0, len(start), chunk):
-            index = np.arange(first, min(first + chunk, len(start)))
+        for first in range(0, len(start), step):
+            index = np.arange(first, min(first + step, len(start)))
             yield index, _gather(pixels, start[index], span, image)
         return
     for group in _blocks(start, max(_MIN_BLOCK, 2 * span)):
-        for first in range(0, len(group), chunk):
-            index = group[first : first + chunk]
-            yield index, _read_group(image, level, start[index], span)
+        low, high = _inside(image, level, factor, start[group], span)
+        # The common rectangle at once if the patches fill it, else one by one.
+        area = int(np.prod(high - low))
+        region = _region(image, level, factor, low, high) if 0 < area <= len(group) * span * span else None
+        for first in range(0, len(group), step):
+            index = group[first : first + step]
+            if region is not None:
+                yield index, _gather(region, start[index] - low, span, image)
+            else:
+                yield index, _one_by_one(image, level, factor, start[index], span)
+
+
+def _inside(image: SlideImage, level: int, factor: int, start: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last corner (x, y) of the rectangle around windows, cut at the image's borders."""
+    height, width = (-(-side // factor) for side in image.level_size(level))
+    corners = start.min(axis=0), start.max(axis=0) + span
+    low, high = (np.clip(corner, 0, [width, height]) for corner in corners)
+    return low, high
+
+
+def _region(image: SlideImage, level: int, factor: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    (left, top), (right, bottom) = low.tolist(), high.tolist()
+    return image._window(level, factor, top, left, bottom - top, right - left)
+
+
+def _one_by_one(image: SlideImage, level: int, factor: int, start: np.ndarray, span: int) -> np.ndarray:
+    windows = np.empty((len(start), span, span, 3), dtype=np.uint8)
+    for window, corner in zip(windows, start, strict=True):
+        low, high = _inside(image, level, factor, corner[None], span)
+        if (high > low).all():
+            region = _region(image, level, factor, low, high)
+            window[...] = (
+                region if region.shape == window.shape else _gather(region, corner[None] - low, span, image)[0]
+            )
+        else:
+            window[...] = image.background
+    return windows
 
 
 def _blocks(start: np.ndarray, side: int) -> list[np.ndarray]:
@@ -167,27 +246,21 @@ def _blocks(start: np.ndarray, side: int) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
 
 
-def _read_group(image: SlideImage, level: int, start: np.ndarray, span: int) -> np.ndarray:
-    """Read near patches: their common rectangle at once if they fill it, else one by one."""
-    height, width = image.level_size(level)
-    low = np.clip(start.min(axis=0), 0, [width, height])
-    high = np.clip(start.max(axis=0) + span, 0, [width, height])
-    area = int(np.prod(high - low))
-    if area == 0:
-        return np.broadcast_to(image.background, (len(start), span, span, 3))
-    if area <= len(start) * span * span:
-        region = image.read_region(level, low[1], low[0], high[1] - low[1], high[0] - low[0])
-        return _gather(region, start - low, span, image)
-    return np.concatenate([_read_group(image, level, one[None], span) for one in start])
-
-
 def _gather(pixels: np.ndarray, start: np.ndarray, span: int, image: SlideImage) -> np.ndarray:
     """Copy (n, span, span, 3) windows out of an array; parts outside take the background."""
     height, width = pixels.shape[:2]
     inside = (start >= 0).all(axis=1) & (start[:, 0] + span <= width) & (start[:, 1] + span <= height)
     if inside.all() and len(start):
-        view = np.lib.stride_tricks.sliding_window_view(pixels, (span, span), axis=(0, 1))
-        return view[start[:, 1], start[:, 0]].transpose(0, 2, 3, 1)
+        if pixels.strides[1:] != (3, 1):
+            pixels = np.ascontiguousarray(pixels)
+        # Whole rows of a window lie side by side in memory, colours and all.
+        rows = np.lib.stride_tricks.as_strided(
+            pixels,
+            (height - span + 1, width - span + 1, span, 3 * span),
+            (pixels.strides[0], 3, pixels.strides[0], 1),
+            writeable=False,
+        )
+        return rows[start[:, 1], start[:, 0]].reshape(-1, span, span, 3)
     windows = np.empty((len(start), span, span, 3), dtype=np.uint8)
     if inside.any():
         windows[inside] = _gather(pixels, start[inside], span, image)

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import check_positive, listing, require_key
-from stalign.slide._image import SlideImage, open_image
+from stalign.slide._image import SlideImage
+from stalign.slide._lazy import is_tree, plain_array
+from stalign.slide._open import open_image
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,7 +57,7 @@ class ImageSource:
 
 def by_library(argument: str, value: Any, names: list[str]) -> Mapping[str, Any]:
     """Spread an argument that may be one value for all libraries or a dict by library."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or is_tree(value):
         return {} if value is None else dict.fromkeys(names, value)
     for name in value:
         require_key(dict.fromkeys(names), name, where="the libraries", hint=f"`{argument}` is a dict by library.")
@@ -65,7 +69,7 @@ def find_sources(
 ) -> dict[str, ImageSource]:
     """Find every library's image: what is passed, the file that ``uns`` names, or the finest picture in ``uns``."""
     spatial = adata.uns.get(Key.uns.SPATIAL, {})
-    if image is not None and not isinstance(image, Mapping) and len(names) > 1:
+    if image is not None and (not isinstance(image, Mapping) or is_tree(image)) and len(names) > 1:
         raise ValueError(
             f"One image for {len(names)} libraries: {listing(names)}. Pass a dict, `image={{library: image, ...}}`."
         )
@@ -106,10 +110,10 @@ def _passed_source(image: Any, spatial: Mapping[str, Any], image_key: str | None
         return ImageSource("path", path=str(Path(image).expanduser().resolve()), scale=scale)
     if isinstance(image, SlideImage):
         raise TypeError(f"`image` is an open {type(image).__name__}: pass the array or the path it was opened from.")
-    stored = _zarr_path(image)
+    stored = _zarr_path(image) or _numpy_path(image)
     if stored:
         return ImageSource("path", path=stored, scale=scale)
-    return ImageSource("uns", key=PASSED_KEY, scale=scale, pixels=image, passed=True)
+    return ImageSource("uns", key=PASSED_KEY, scale=scale, pixels=plain_array(image), passed=True)
 
 
 def _zarr_path(image: Any) -> str:
@@ -118,6 +122,16 @@ def _zarr_path(image: Any) -> str:
     root = getattr(store, "root", None) or getattr(store, "path", None)
     folder = Path(str(root)) / str(getattr(image, "path", "")) if root else None
     return str(folder.resolve()) if folder is not None and folder.is_dir() else ""
+
+
+def _numpy_path(image: Any) -> str:
+    """Name of the NumPy file that an array is a map of, so that its pixels are not copied; empty for anything else."""
+    if not isinstance(image, np.memmap) or Path(str(image.filename)).suffix != ".npy":
+        return ""
+    path = Path(str(image.filename)).resolve()
+    whole = np.load(path, mmap_mode="r", allow_pickle=False)
+    same = whole.shape == image.shape and whole.dtype == image.dtype and whole.offset == image.offset
+    return str(path) if same and whole.strides == image.strides else ""
 
 
 def _uns_source(spatial: Mapping[str, Any], image_key: str | None, library: str) -> ImageSource:

@@ -6,7 +6,7 @@ import tifffile
 import zarr
 from PIL import Image
 
-from stalign.slide import ArrayImage, TiffImage, open_image
+from stalign.slide import ArrayImage, open_image
 
 SHAPE = (600, 800, 3)
 
@@ -77,14 +77,14 @@ def test_label_page_is_no_level(tmp_path, pixels):
         assert image.level_downsamples == (1.0,)
 
 
-def test_only_touched_tiles_are_decoded(tmp_path, pixels, monkeypatch):
+def test_only_touched_tiles_are_decoded(tmp_path, pixels):
     write_pyramid(tmp_path / "p.tif", pixels, "sub-pages")
-    read = []
-    original = TiffImage._segment_bytes
-    monkeypatch.setattr(TiffImage, "_segment_bytes", lambda self, page, s: read.append(s) or original(self, page, s))
     with open_image(tmp_path / "p.tif") as image:
-        image.read_region(0, 64, 64, 64, 65)
-    assert read == [14, 15]  # second row of 13 tiles, second and third tile
+        image.read_region(0, 64, 64, 64, 65)  # of the second row of tiles the second, and one column of the third
+        assert image.counters.tiles_decoded == 2
+        assert image.counters.bytes_read == 2 * 64 * 64 * 3
+        image.read_region(0, 70, 70, 20, 20)
+        assert image.counters.tiles_decoded == 2
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,6 @@ def test_thumbnail(tmp_path, pixels):
         assert image.thumbnail(300)[0].shape == (225, 300, 3)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_truncated_tiff(tmp_path, pixels, share):
-    file = tmp_path / "cut.tif"
-    tifffile.imwrite(file, pixels, tile=(64, 64), photometric="rgb")
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(ValueError, match=r"'cut\.tif' .*complete"):
-        open_image(file)
-
-
 def test_refusals(tmp_path, pixels):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.tif"):
         open_image(tmp_path / "nowhere.tif")
@@ -188,14 +179,6 @@ def test_refusals(tmp_path, pixels):
     (tmp_path / "broken.png").write_bytes(b"no png at all")
     with pytest.raises(ValueError, match="complete"):
         open_image(tmp_path / "broken.png")
-    tifffile.imwrite(tmp_path / "bits.tif", pixels[..., 0] > 100)
-    with pytest.raises(ValueError, match="1-bit"):
-        open_image(tmp_path / "bits.tif")
-    tifffile.imwrite(
-        tmp_path / "many.tif", np.zeros((64, 64, 16), np.uint8), photometric="minisblack", planarconfig="contig"
-    )
-    with pytest.raises(ValueError, match="16 channels"):
-        open_image(tmp_path / "many.tif")
     with pytest.raises(TypeError, match="int"):
         open_image(3)
     image = open_image(pixels)
@@ -203,9 +186,3 @@ def test_refusals(tmp_path, pixels):
         image.read_region(0, 590, 0, 20, 20)
     with pytest.raises(ValueError, match="level=9"):
         image.read_region(9, 0, 0, 1, 1)
-
-
-def test_strip_larger_than_allowed(tmp_path, pixels):
-    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", rowsperstrip=600)
-    with pytest.raises(ValueError, match="max_pixels"):
-        open_image(tmp_path / "a.tif", max_pixels=1000)
