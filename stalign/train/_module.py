@@ -220,7 +220,9 @@ class Alignment(lightning.LightningModule):
             {"params": matrices, "decays": True},
             {"params": vectors, "decays": False, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.optimiser_config.lr)
+        # In mixed precision Lightning does not clip the gradients of fused optimisers.
+        fused = self.optimiser_config.fused and not self.mixed
+        return torch.optim.AdamW(groups, lr=self.optimiser_config.lr, fused=fused)
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Set learning rate and weight decay of the step."""
