@@ -28,7 +28,7 @@ nitpicky = True
 
 # Classes of other packages: their inventories would need the network while the pages are built.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(anndata|dask|matplotlib|numpy|pandas|safetensors)(\..*)?"),
+    (r"py:.*", r"(anndata|dask|distributed|matplotlib|numpy|pandas|safetensors)(\..*)?"),
     (r"py:.*", r"(scanpy|scipy|spatialdata|squidpy|torch|zarr)(\..*)?"),
     (r"py:.*", r"(np|pd|sp|nn|sparse|plt)\..*"),
     (r"py:class", r"(AnnData|Axes|Figure|Path|csr_matrix|ScGPTReport|optional|array|Any)"),

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import stalign as sta
 from stalign._cli import app
-from stalign._cli._app import one_line
 from stalign._cli._files import read_markers, replacing
+from stalign._logging import one_line
 
-COMMANDS = ("demo", "embed", "annotate", "predict", "pretrain", "convert", "doctor")
+COMMANDS = ("demo", "embed", "annotate", "predict", "pretrain", "finetune", "convert", "doctor")
 
 
 @pytest.fixture
@@ -225,6 +225,34 @@ def test_embed_two_slides_where_one_fails(run, slide, slide_file, tmp_path):
     embedded = anndata.read_h5ad(tmp_path / "out" / "slide.h5ad")
     assert set(embedded.obsm) >= {"X_stalign", "X_stalign_gene"}
     assert "X_stalign_image" not in embedded.obsm
+
+
+def test_embed_goes_on_where_it_stopped(run, slide, slide_file, tmp_path):
+    other = tmp_path / "other.h5ad"
+    slide.write_h5ad(other)
+    arguments = ["--out", tmp_path / "out", "--no-progress", "--outputs", "fused"]
+    assert run("embed", slide_file, *arguments).exit_code == 0
+    finished = (tmp_path / "out" / "slide.h5ad").stat().st_mtime_ns
+    result = run("embed", slide_file, other, *arguments)
+    assert result.exit_code == 0, result.output
+    first, second = result.stdout.splitlines()[-2:]
+    assert first.endswith(f"slide.h5ad ({slide.n_obs:,} spots, finished before)")
+    assert "other.h5ad" in second
+    assert "finished before" not in second
+    assert (tmp_path / "out" / "slide.h5ad").stat().st_mtime_ns == finished
+    assert_one_line(run("embed", slide_file, *arguments, "--modalities", "gene"), "modalities", "--overwrite")
+    assert run("embed", slide_file, *arguments, "--modalities", "gene", "--overwrite").exit_code == 0
+    assert anndata.read_h5ad(tmp_path / "out" / "slide.h5ad").uns["stalign"]["embed"]["modalities"] == ["gene"]
+
+
+def test_embed_refuses_a_wrong_cluster_and_several_slides_for_an_image(run, slide_file, tmp_path):
+    pytest.importorskip("distributed")
+    out = tmp_path / "out"
+    assert_one_line(run("embed", slide_file, "--out", out, "--dask", "local:none"), "local:N", "local:none")
+    twin = tmp_path / "twin.h5ad"
+    twin.write_text("")
+    assert_one_line(run("embed", slide_file, twin, "--out", out, "--image", "he.tif"), "--image belongs to one slide")
+    assert not out.exists()
 
 
 def test_annotate_and_predict_give_what_the_functions_give(run, slide, slide_file, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -204,16 +204,24 @@ def match_names(
     """
     check_choice("organism", organism, ORGANISMS)
     given = _clean("names", names)
-    genes = _check_vocabulary(vocabulary)
+    genes = _check_vocabulary(vocabulary if isinstance(vocabulary, tuple) else tuple(_clean("vocabulary", vocabulary)))
     ids = [""] * len(given) if ensembl is None else _clean("ensembl", ensembl)
     if len(ids) != len(given):
         raise ValueError(f"ensembl must hold one id for each name: got {len(ids)} ids for {len(given)} names.")
 
-    position = {gene: number for number, gene in enumerate(genes)}
-    table = hgnc()
-    join = _index_vocabulary(genes, table)
-    resolve = _resolve_mouse if organism == "mouse" else _resolve_human
+    index, how = _match(tuple(given), tuple(ids), genes, organism)
+    return GeneMatch(np.array(given, dtype=object), np.array(genes, dtype=object), index.copy(), how.copy())
 
+
+# Slides of one study share their genes, and a model its vocabulary.
+@lru_cache(maxsize=4)
+def _match(
+    given: tuple[str, ...], ids: tuple[str, ...], genes: tuple[str, ...], organism: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the place in the vocabulary and the kind of match of each name."""
+    table = hgnc()
+    position, join = _index_vocabulary(genes)
+    resolve = _resolve_mouse if organism == "mouse" else _resolve_human
     index = np.full(len(given), -1, dtype=np.intp)
     how = np.full(len(given), "", dtype=object)
     for number, (name, identifier) in enumerate(zip(given, ids, strict=True)):
@@ -226,19 +234,23 @@ def match_names(
         elif gene in join:
             index[number], kind_in_vocabulary = join[gene]
             how[number] = kind if kind != "symbol" else kind_in_vocabulary
-    return GeneMatch(np.array(given, dtype=object), np.array(genes, dtype=object), index, how)
+    return index, how
 
 
 def _clean(what: str, names: Iterable[Any]) -> list[str]:
     """Return names as stripped strings, empty where missing."""
     if isinstance(names, str | bytes):
         raise TypeError(f"{what} must be a sequence of strings, got the single string {names!r}.")
-    missing = pd.isna(values := pd.Series(list(names), dtype=object)).to_numpy()
+    names = list(names)
+    if all(type(name) is str for name in names):
+        return [name.strip() for name in names]
+    missing = pd.isna(values := pd.Series(names, dtype=object)).to_numpy()
     return ["" if skip else str(value).strip() for value, skip in zip(values, missing, strict=True)]
 
 
-def _check_vocabulary(vocabulary: Iterable[str]) -> list[str]:
-    genes = _clean("vocabulary", vocabulary)
+@lru_cache(maxsize=4)
+def _check_vocabulary(vocabulary: tuple[str, ...]) -> tuple[str, ...]:
+    genes = tuple(_clean("vocabulary", vocabulary))
     if not genes:
         raise ValueError("The vocabulary is empty: a model needs at least one gene.")
     if len(set(genes)) < len(genes) or "" in genes:
@@ -249,14 +261,19 @@ def _check_vocabulary(vocabulary: Iterable[str]) -> list[str]:
     return genes
 
 
-def _index_vocabulary(genes: list[str], table: Hgnc) -> dict[int, tuple[int, str]]:
-    """Return (position, kind of name) in the vocabulary of each HGNC gene; the strongest name stands for the gene."""
+@lru_cache(maxsize=4)
+def _index_vocabulary(genes: tuple[str, ...]) -> tuple[dict[str, int], dict[int, tuple[int, str]]]:
+    """Return the position of each name of the vocabulary, and (position, kind of name) of each HGNC gene.
+
+    The strongest name stands for the gene.
+    """
+    table = hgnc()
     join: dict[int, tuple[int, str]] = {}
     for position, name in enumerate(genes):
         gene, kind = _resolve_human(name, "", table)
         if gene != SHARED and (gene not in join or _STRENGTH[kind] < _STRENGTH[join[gene][1]]):
             join[gene] = (position, kind)
-    return join
+    return {gene: number for number, gene in enumerate(genes)}, join
 
 
 def _resolve_human(name: str, identifier: str, table: Hgnc) -> tuple[int, str]:

@@ -243,14 +243,29 @@ class STAlign(nn.Module):
         -------
         (n, input_dim) float32 of the spots, and of the niches.
         """
+        spot_statistics, niche_statistics = self.fit_genes(counts, connectivities=connectivities, library=library)
         spot, niche = self.encoder("spot_gene"), self.encoder("niche_gene")
-        statistics = niche.fit(counts, connectivities=connectivities, library=library)
-        same = _without_tokens(self.config.spot_gene) == _without_tokens(self.config.niche_gene)
-        spot_statistics = statistics if same else spot.fit(counts, connectivities=connectivities, library=library)
         return (
             spot.preprocess(counts, library=library, statistics=spot_statistics),
-            niche.preprocess(counts, connectivities=connectivities, library=library, statistics=statistics),
+            niche.preprocess(counts, connectivities=connectivities, library=library, statistics=niche_statistics),
         )
+
+    def fit_genes(
+        self, counts: csr_matrix, *, connectivities: csr_matrix, library: np.ndarray | None = None
+    ) -> tuple[Any, Any]:
+        """Take from the slides what the two gene encoders' ``preprocess`` needs of all their spots.
+
+        Parameters are those of :meth:`preprocess_genes`.
+
+        Returns
+        -------
+        ``statistics`` of the spots' encoder, and of the niches'.
+        """
+        niche_statistics = self.encoder("niche_gene").fit(counts, connectivities=connectivities, library=library)
+        if _without_tokens(self.config.spot_gene) == _without_tokens(self.config.niche_gene):
+            return niche_statistics, niche_statistics
+        spot = self.encoder("spot_gene")
+        return spot.fit(counts, connectivities=connectivities, library=library), niche_statistics
 
     # -- forward -----------------------------------------------------------------------------------------------------
 

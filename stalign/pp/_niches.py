@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +20,9 @@ from stalign._validate import (
     listing,
 )
 from stalign.slide import Scale, inside_fraction
-from stalign.slide._grid import Grid, find_grid, recorded_orientation, shell_radius
+from stalign.slide._grid import Grid, find_grid, recorded_orientation
 from stalign.slide._library import PatchReader, niche_record, open_library_image, recorded_libraries
+from stalign.slide._neighbours import niche_neighbours
 from stalign.slide._section import section_scale
 from stalign.slide._source import PASSED_KEY, ImageSource, by_library, find_sources
 
@@ -222,7 +221,7 @@ def _work_out(part: _Part, source: ImageSource, mpp: float | None, params: Mappi
         _check_extent(part, source, size_hw, params["spot_um"] / scale.mpp)
         side = params["niche_um"] / scale.mpp * source.scale
         in_image = inside_fraction(size_hw, part.coordinates * source.scale, side)
-    graph = _niche_graph(grid, params["n_neighbors"])
+    graph = niche_neighbours(grid, params["n_neighbors"])
     return _Library(part.name, source, grid, scale, pitch_um, size_hw, in_image, graph)
 
 
@@ -285,48 +284,6 @@ def _beyond(coordinates: np.ndarray, extent: np.ndarray) -> np.ndarray:
 
 
 # --- the graph ---------------------------------------------------------------------------------------------------
-
-
-def _niche_graph(grid: Grid, n_neighbors: int) -> csr_matrix:
-    """CSR float32 of ones, self included, rows sorted, from squidpy's neighbours."""
-    n = len(grid.positions)
-    if n == 1:
-        return csr_matrix(np.ones((1, 1), dtype=np.float32))
-    if grid.kind == "free":
-        graph = _squidpy_neighbors(grid.positions, n_neighs=min(n_neighbors, n - 1))
-    else:
-        graph = _squidpy_neighbors(grid.positions, radius=shell_radius(grid.kind, n_neighbors))
-    graph.sort_indices()
-    return graph
-
-
-def _squidpy_neighbors(positions: np.ndarray, *, radius: float | None = None, n_neighs: int = 6) -> csr_matrix:
-    # squidpy sees bare positions only: it would copy or subset whatever else the object holds.
-    import squidpy as sq
-    from anndata import AnnData
-
-    bare = AnnData(obsm={Key.obsm.SPATIAL: positions})
-    common: dict[str, Any] = {"set_diag": True, "copy": True}
-    with _quiet("spatialdata._logging", "squidpy"):
-        if hasattr(sq.gr, "spatial_neighbors_radius"):  # since squidpy 1.7, where the older function is deprecated
-            if radius is not None:
-                return sq.gr.spatial_neighbors_radius(bare, radius=radius, **common)[0]
-            return sq.gr.spatial_neighbors_knn(bare, n_neighs=n_neighs, **common)[0]
-        choice = {"n_neighs": n_neighs} if radius is None else {"radius": radius}
-        return sq.gr.spatial_neighbors(bare, coord_type="generic", **choice, **common)[0].astype(np.float32)
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Hold back the notes of other packages about steps that are ours."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def _join(graphs: list[csr_matrix], members: list[np.ndarray], n_obs: int) -> csr_matrix:

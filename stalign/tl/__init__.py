@@ -5,7 +5,16 @@ from __future__ import annotations
 from stalign.tl._annotate import zero_shot_annotate
 from stalign.tl._domains import spatial_domains
 from stalign.tl._embed import embed
+from stalign.tl._many import embed_many
 from stalign.tl._predict import predict_expression
 from stalign.tl._retrieve import Retrieval, retrieve
 
-__all__ = ["Retrieval", "embed", "predict_expression", "retrieve", "spatial_domains", "zero_shot_annotate"]
+__all__ = [
+    "Retrieval",
+    "embed",
+    "embed_many",
+    "predict_expression",
+    "retrieve",
+    "spatial_domains",
+    "zero_shot_annotate",
+]

@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from stalign._logging import logger
 from stalign._validate import check_choice, listing, require_key
-from stalign.genes import GeneMatch, aggregate, check_counts, row_normalise
+from stalign.genes import GeneMatch, check_counts
+from stalign.genes._rows import CountRows
 from stalign.slide._library import PatchReader, niche_graph, niche_record
-from stalign.tl._runtime import ModelIdentity, identify, inference, is_out_of_memory
+from stalign.slide._plan import tile_order
+from stalign.tl._expression import Expression
+from stalign.tl._fingerprint import fingerprint
+from stalign.tl._forward import Batch, run_passes
+from stalign.tl._runtime import ModelIdentity, auto_batch_size, auto_workers, identify, inference
+from stalign.tl._sinks import MemorySink, Sink
 from stalign.tl._working import NicheArguments, WorkingCopy, working_copy
 
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
 
-    from stalign.models import STAlign
+    from stalign.models import Geometry, STAlign
 
 MODALITIES = ("image", "gene")
 
+OpenSink = Callable[[Mapping[str, str], bool], "Sink | None"]
+"""From the fingerprint, and whether some rows will be missing, to the sink; ``None`` if all is there already."""
+
 
 class Run(NamedTuple):
-    """How the forward passes are made."""
+    """How the forward passes are made; ``None`` is what suits the model and the device."""
 
     device: torch.device
     amp: str
-    batch_size: int
-    num_workers: int
+    batch_size: int | None
+    num_workers: int | None
     progress: bool
+    dtype: str = "float32"
 
 
 class Embedded(NamedTuple):
-    """Matrices by name of the output, the record for ``uns``, and the working copy with the niches."""
+    """Matrices by name of the output, the record for ``uns``, and the working copy with the niches.
+
+    The matrices are empty where they went elsewhere.
+    """
 
     matrices: dict[str, np.ndarray]
     record: dict[str, Any]
     working: WorkingCopy
-
-
-class _Genes(NamedTuple):
-    """Inputs of the two gene encoders, (n, input_dim) float32 each."""
-
-    match: GeneMatch
-    spot: np.ndarray
-    niche: np.ndarray
-
-
-class _Batch(NamedTuple):
-    """Positions of spots of one library that go through the model together."""
-
-    spots: np.ndarray
-    library: str
-    with_image: bool
-
-
-class _Pixels(NamedTuple):
-    spot: np.ndarray
-    niche: np.ndarray
 
 
 def compute_embedding(
@@ -75,22 +66,44 @@ def compute_embedding(
     gene_symbols: str | None,
     organism: str | None,
     run: Run,
+    open_sink: OpenSink | None = None,
 ) -> Embedded:
     """Embed every spot; see :func:`stalign.tl.embed`. ``adata`` is not changed."""
     raw = _counts(adata, layer) if "gene" in modalities else None
     working = working_copy(adata, model.geometry, niches, use_image="image" in modalities)
-    with PatchReader(working.adata) as reader:
+    with ExitStack() as stack:
+        reader = stack.enter_context(PatchReader(working.adata))
         has_image = reader.has_image if "image" in modalities else np.zeros(adata.n_obs, dtype=bool)
         match = _match(adata, model, raw, gene_symbols, organism, any_image=bool(has_image.any()))
         _check_something(adata, reader, has_image, match, modalities)
+        identity = identify(model)
+        order = _plan(reader, model.geometry, use_image=bool(has_image.any()))
+        sink: Sink | None
+        if open_sink is None:
+            sink = memory = MemorySink(adata.n_obs, run.dtype)
+        else:
+            memory = None
+            of_what = fingerprint(
+                adata,
+                working.adata,
+                reader,
+                identity=identity,
+                encoders=_describe_encoders(model),
+                how=(run.device.type, run.amp, run.dtype),
+                what=(*modalities, *outputs),
+                raw=raw,
+                match=match,
+                order=order,
+            )
+            sink = open_sink(of_what, bool(has_image.any() and not has_image.all()))
         colours = _colours(model, reader) if has_image.any() else {}
-        batches = _plan_batches(reader, has_image, run.batch_size)
-        with inference(model, run.device, run.amp):
-            # A gene encoder may run a network of its own here (scGPT does), on the device and in the precision asked
-            # for.
-            genes = None if match is None else _gene_inputs(model, raw, match, working.adata, reader.codes)
-            matrices = _forward(model, reader, batches, genes, colours, outputs, run)
-    identity = identify(model)
+        if sink is not None and sink.done < adata.n_obs:
+            expression = None
+            if match is not None:
+                counts = stack.enter_context(CountRows(raw, match))
+                graph = niche_graph(working.adata)
+                expression = Expression(model, counts, graph, reader.codes, reader.coordinates)
+            _embed(model, reader, order, has_image, expression, colours, outputs, run, sink)
     record = {
         **_describe_model(model, identity, run),
         "modalities": [name for name, used in (("image", has_image.any()), ("gene", match is not None)) if used],
@@ -102,7 +115,8 @@ def compute_embedding(
         "genes": {} if match is None else match.report(),
         **_describe_libraries(working.adata, reader, has_image, match is not None, colours),
     }
-    return Embedded(matrices, record, working)
+    matrices = {} if memory is None else memory.matrices
+    return Embedded({name: matrices[name] for name in outputs if name in matrices}, record, working)
 
 
 # --- what there is -----------------------------------------------------------------------------------------------
@@ -190,12 +204,6 @@ def _check_something(
     )
 
 
-def _gene_inputs(model: STAlign, raw: Any, match: GeneMatch, light: AnnData, codes: np.ndarray) -> _Genes:
-    graph = row_normalise(niche_graph(light))
-    spot, niche = model.preprocess_genes(aggregate(raw, match), connectivities=graph, library=codes)
-    return _Genes(match, spot, niche)
-
-
 def _colours(model: STAlign, reader: PatchReader) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if model.config.colour != "library":
         return {}
@@ -205,153 +213,62 @@ def _colours(model: STAlign, reader: PatchReader) -> dict[str, tuple[np.ndarray,
 # --- the forward passes ------------------------------------------------------------------------------------------
 
 
-def _plan_batches(reader: PatchReader, has_image: np.ndarray, batch_size: int) -> list[_Batch]:
-    """Group the spots into batches of one library, near ones together, so that a file is read in few places."""
+def _plan(reader: PatchReader, geometry: Geometry, *, use_image: bool) -> np.ndarray:
+    """Return all spots, library by library, those on the same tiles of an image together.
+
+    The order does not depend on the size of a batch: interrupted work goes on in it with batches of any size.
+    """
+    if use_image:
+        return reader.order([(geometry.spot_um, geometry.spot_pixels), (geometry.niche_um, geometry.niche_pixels)])
+    parts = [np.flatnonzero(reader.codes == code) for code in range(len(reader.libraries))]
+    return np.concatenate([here[tile_order(None, reader.coordinates[here], ())] for here in parts if len(here)])
+
+
+def _plan_batches(reader: PatchReader, has_image: np.ndarray, batch_size: int, order: np.ndarray) -> list[Batch]:
+    """Cut the order of the spots into batches of one library."""
     batches = []
-    for code, library in enumerate(reader.libraries):
-        here = np.flatnonzero(reader.codes == code)
-        if not len(here):
-            continue
-        order = here[_strips(reader.coordinates[here], batch_size)]
+    for part in np.split(order, np.flatnonzero(np.diff(reader.codes[order])) + 1) if len(order) else ():
+        library, with_image = reader.libraries[reader.codes[part[0]]], bool(has_image[part[0]])
         batches += [
-            _Batch(order[start : start + batch_size], library, bool(has_image[here[0]]))
-            for start in range(0, len(order), batch_size)
+            Batch(part[start : start + batch_size], library, with_image) for start in range(0, len(part), batch_size)
         ]
     return batches
 
 
-def _strips(coordinates: np.ndarray, batch_size: int) -> np.ndarray:
-    """Order spots strip by strip; a strip is about as wide as a batch is long."""
-    x, y = coordinates.T
-    n_strips = max(1, round(np.sqrt(len(x) / batch_size)))
-    low, high = y.min(), y.max()
-    strip = np.zeros(len(x)) if high == low else np.minimum((y - low) / (high - low) * n_strips, n_strips - 1) // 1
-    return np.lexsort((y, x, strip))
-
-
-def _forward(
+def _embed(
     model: STAlign,
     reader: PatchReader,
-    batches: Sequence[_Batch],
-    genes: _Genes | None,
+    order: np.ndarray,
+    has_image: np.ndarray,
+    expression: Expression | None,
     colours: dict[str, tuple[np.ndarray, np.ndarray]],
     outputs: Sequence[str],
     run: Run,
-) -> dict[str, np.ndarray]:
+    sink: Sink,
+) -> None:
     from tqdm.auto import tqdm
 
-    n_obs = len(reader.codes)
-    matrices: dict[str, np.ndarray] = {}
-    passes = _Passes(model, genes, colours, outputs, run.device)
-    with tqdm(total=n_obs, unit="spot", desc="stalign", disable=not run.progress) as bar:
-        for batch, pixels in _read_ahead(lambda b: _read(reader, model, b), batches, run.num_workers):
-            for rows, values in passes(batch, pixels):
-                for name, block in values.items():
-                    if name not in matrices:
-                        matrices[name] = np.full((n_obs, block.shape[1]), np.nan, dtype=np.float32)
-                    matrices[name][rows] = block
-            bar.update(len(batch.spots))
-    return {name: matrices[name] for name in outputs if name in matrices}
-
-
-def _read(reader: PatchReader, model: STAlign, batch: _Batch) -> _Pixels | None:
-    if not batch.with_image:
-        return None
-    geometry = model.geometry
-    return _Pixels(
-        reader.read(batch.spots, geometry.spot_um, geometry.spot_pixels),
-        reader.read(batch.spots, geometry.niche_um, geometry.niche_pixels),
-    )
-
-
-def _read_ahead(
-    read: Callable[[_Batch], _Pixels | None], batches: Sequence[_Batch], num_workers: int
-) -> Iterator[tuple[_Batch, _Pixels | None]]:
-    """Yield batches with their pixels, in order; threads read the next ones meanwhile."""
-    if num_workers == 0:
-        for batch in batches:
-            yield batch, read(batch)
-        return
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="stalign-pixels") as pool:
-        waiting: deque[tuple[_Batch, Future[_Pixels | None]]] = deque()
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(read, batch)))
-                if len(waiting) > num_workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-
-class _Passes:
-    """Forward passes over batches, in parts that fit the device's memory."""
-
-    def __init__(
-        self,
-        model: STAlign,
-        genes: _Genes | None,
-        colours: dict[str, tuple[np.ndarray, np.ndarray]],
-        outputs: Sequence[str],
-        device: torch.device,
-    ) -> None:
-        self.model = model
-        self.genes = genes
-        self.colours = colours
-        self.outputs = outputs
-        self.device = device
-        self.limit: int | None = None
-
-    def __call__(self, batch: _Batch, pixels: _Pixels | None) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Yield (positions of spots, rows of every output) until the batch is through."""
-        start = 0
-        while start < len(batch.spots):
-            size = min(self.limit or len(batch.spots), len(batch.spots) - start)
-            part = slice(start, start + size)
-            values = None
-            try:
-                values = self._run(batch, pixels, part)
-            except RuntimeError as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-            if values is None:  # out of memory; outside the handler, so that the failed pass is freed first
-                self._shrink(size)
-                continue
-            yield batch.spots[part], values
-            start += size
-
-    def _shrink(self, size: int) -> None:
-        import torch
-
-        self.limit = max(1, size // 2)
-        logger.warning("%s is out of memory with %d spots at once: going on with %d.", self.device, size, self.limit)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _run(self, batch: _Batch, pixels: _Pixels | None, part: slice) -> dict[str, np.ndarray]:
-        import torch
-
-        inputs: dict[str, torch.Tensor] = {}
-        if pixels is not None:
-            colour = self.colours.get(batch.library)
-            spot, niche = (torch.from_numpy(values[part]).to(self.device) for values in pixels)
-            inputs["spot_image"] = self.model.preprocess_spot_image(spot, colour=colour)
-            inputs["niche_image"] = self.model.preprocess_niche_image(niche, colour=colour)
-        if self.genes is not None:
-            rows = batch.spots[part]
-            inputs["spot_gene"] = torch.from_numpy(self.genes.spot[rows]).to(self.device)
-            inputs["niche_gene"] = torch.from_numpy(self.genes.niche[rows]).to(self.device)
-        output = self.model(**inputs)
-        values = {}
-        for name in self.outputs:
-            matrix = self.model.embedding(output, name)
-            if matrix is not None:
-                values[name] = matrix.float().flatten(1).cpu().numpy()
-        return values
+    workers = auto_workers(run.device) if run.num_workers is None else run.num_workers
+    with (
+        inference(model, run.device, run.amp, workers=workers) as network,
+        tqdm(total=len(order), initial=sink.done, unit="spot", desc="stalign", disable=not run.progress) as bar,
+    ):
+        batch_size = run.batch_size or auto_batch_size(
+            model, run.device, image=bool(has_image.any()), genes=expression is not None
+        )
+        run_passes(
+            model,
+            network,
+            reader,
+            _plan_batches(reader, has_image, batch_size, order[sink.done :]),
+            expression,
+            colours,
+            outputs=outputs,
+            device=run.device,
+            num_workers=workers,
+            sink=sink,
+            advance=bar.update,
+        )
 
 
 # --- the record --------------------------------------------------------------------------------------------------

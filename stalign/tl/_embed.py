@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stalign._keys import Key
 from stalign._logging import logger
 from stalign._settings import settings
-from stalign._validate import check_adata, check_choices, check_positive
+from stalign._validate import check_adata, check_choice, check_choices, check_positive
 from stalign.tl._slots import PARTS
+from stalign.tl._targets import choose_target
 from stalign.tl._working import NicheArguments, adopt
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
     from stalign.models import STAlign
     from stalign.tl._compute import Embedded, Run
+
+_DTYPES = ("float32", "float16")
 
 
 def embed(
@@ -42,6 +47,8 @@ def embed(
     batch_size: int | None = None,
     num_workers: int | None = None,
     progress: bool | None = None,
+    dtype: str = "float32",
+    store: str | Path | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Embed the histology and the expression of every spot and its niche.
@@ -51,10 +58,15 @@ def embed(
     AnnData may differ in what they have; ``uns`` says which was used. Where an image is there, rows of the aligned
     image side of libraries without one are NaN.
 
+    Pixels and counts are read as they are needed, so that memory holds the counts (of an AnnData opened with
+    ``backed``, not even these) and the embeddings. Those of a backed AnnData are made in a folder beside its file; if
+    the work is interrupted, the same call goes on where it stopped. At the end they are in the file
+    (``backed="r+"``), or in a zarr store beside it (``backed="r"``), see *Returns*.
+
     Parameters
     ----------
     adata
-        Spots with raw counts, an image, or both.
+        Spots with raw counts, an image, or both; in memory, or opened with ``backed="r"`` or ``backed="r+"``.
     model
         Name of a bundled model, a model folder, a Hub id, or a loaded :class:`~stalign.models.STAlign`.
     modalities
@@ -78,17 +90,25 @@ def embed(
     amp
         Mixed precision of the encoders: ``"bf16"``, ``"fp16"`` or ``"off"``.
     batch_size
-        Spots in one forward pass; halved when a device runs out of memory. The result does not depend on it.
+        Spots in one forward pass; ``None`` finds out what suits the model and the device. Halved when a device runs
+        out of memory. The result does not depend on it.
     num_workers
-        Threads that read pixels ahead; 0 reads in the calling thread.
+        Threads that read pixels ahead; 0 does everything in the calling thread, ``None`` takes as many as suit the
+        device.
     progress
         Show a progress bar.
+    dtype
+        ``"float32"``, or ``"float16"`` for matrices of half the size.
+    store
+        Folder of a zarr store in which the embeddings are made and kept; data in memory get a copy of them at the end.
+        The default of an AnnData opened with ``backed="r"`` is ``<file>.<key_added>.zarr`` beside its file. A finished
+        store of the same slide and model is taken as it is, an unfinished one gone on with.
     copy
         Return a new object instead of writing to ``adata``.
 
     Returns
     -------
-    ``None``, or with ``copy=True`` a new AnnData, with (n_obs, d) float32 matrices, as far as ``outputs`` names
+    ``None``, or with ``copy=True`` a new AnnData, with (n_obs, d) matrices of ``dtype``, as far as ``outputs`` names
     them and the slide has what they need:
 
     - ``obsm["X_stalign"]``: spot and niche, image and genes fused
@@ -102,6 +122,11 @@ def embed(
 
     With another ``key_added`` the matrices begin with it, and the record is ``uns["stalign"]["embed_<key_added>"]``.
 
+    With ``backed="r+"`` all of this is in the file as well, which is replaced as a whole at the end. With
+    ``backed="r"`` the matrices in ``obsm`` are zarr arrays, which are read when they are used (``numpy.asarray``) and
+    become ordinary matrices by ``to_memory`` and ``write_h5ad``. ``uns["stalign"]["embed"]["store"]`` names the store,
+    which :func:`anndata.read_zarr` reads on its own: names of the spots, matrices, niche graph and record.
+
     Raises
     ------
     ValueError
@@ -111,6 +136,10 @@ def embed(
         If a layer, coordinates, an image or a column are not there.
     FileNotFoundError
         If the image's file is gone.
+    FileExistsError
+        If ``store`` is something else.
+    OSError
+        If the disk is full; what is finished is kept, and the data are as they were.
 
     Notes
     -----
@@ -131,20 +160,26 @@ def embed(
     check_adata(adata)
     modalities = check_choices("modalities", modalities, MODALITIES)
     outputs = check_choices("outputs", outputs, PARTS)
-    run = make_run(device, amp, batch_size, num_workers, progress)
-    result = compute_embedding(
-        adata,
-        resolve_model(model),
-        modalities=modalities,
-        outputs=outputs,
-        niches=NicheArguments(image, image_key, mpp, spatial_key, library_key),
-        layer=layer,
-        gene_symbols=gene_symbols,
-        organism=organism,
-        run=run,
-    )
+    run = make_run(device, amp, batch_size, num_workers, progress, dtype)
+    target = choose_target(adata, store, key_added, run.dtype, copy=copy)
+    arguments: dict[str, Any] = {
+        "modalities": modalities,
+        "outputs": outputs,
+        "niches": NicheArguments(image, image_key, mpp, spatial_key, library_key),
+        "layer": layer,
+        "gene_symbols": gene_symbols,
+        "organism": organism,
+        "run": run,
+    }
+    with target:
+        result = compute_embedding(adata, resolve_model(model), open_sink=target.open, **arguments)
+        uns = {**adata.uns.get(Key.UNS, {})}
+        if result.working.is_new:
+            uns[Key.uns.NICHE] = result.working.adata.uns[Key.UNS][Key.uns.NICHE]
+        uns[Key.embed_record(key_added)] = {**result.record, "key_added": key_added, "store": target.place}
+        result = result._replace(matrices=dict(target.finish(result, uns, with_image="image" in modalities)))
     out = adata.copy() if copy else adata
-    _write(out, result, key_added, use_image="image" in modalities)
+    _write(out, result, uns, key_added, use_image="image" in modalities)
     return out if copy else None
 
 
@@ -154,6 +189,7 @@ def make_run(
     batch_size: int | None = None,
     num_workers: int | None = None,
     progress: bool | None = None,
+    dtype: str = "float32",
 ) -> Run:
     """Fill in the settings for what is ``None``, and check the rest."""
     from stalign.tl._compute import Run
@@ -161,7 +197,7 @@ def make_run(
 
     size = settings.batch_size if batch_size is None else check_positive("batch_size", batch_size, integer=True)
     workers = settings.num_workers if num_workers is None else num_workers
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
         raise ValueError(f"num_workers must be an integer >= 0, got {workers!r}.")
     return Run(
         device=resolve_device(device),
@@ -169,10 +205,11 @@ def make_run(
         batch_size=size,
         num_workers=workers,
         progress=settings.progress if progress is None else bool(progress),
+        dtype=check_choice("dtype", str(np.dtype(dtype)) if isinstance(dtype, (type, np.dtype)) else dtype, _DTYPES),
     )
 
 
-def _write(adata: AnnData, result: Embedded, key_added: str, *, use_image: bool) -> None:
+def _write(adata: AnnData, result: Embedded, uns: dict[str, Any], key_added: str, *, use_image: bool) -> None:
     if result.working.is_new:
         adopt(adata, result.working.adata, use_image=use_image)
     # A matrix of an earlier call would pass for one of this model.
@@ -181,8 +218,7 @@ def _write(adata: AnnData, result: Embedded, key_added: str, *, use_image: bool)
         del adata.obsm[name]
     for part, matrix in result.matrices.items():
         adata.obsm[Key.embedding(part, key_added)] = matrix
-    name = Key.embed_record(key_added)
-    adata.uns[Key.UNS] = {**adata.uns.get(Key.UNS, {}), name: {**result.record, "key_added": key_added}}
+    adata.uns[Key.UNS] = uns
     _report(result, key_added, stale)
 
 

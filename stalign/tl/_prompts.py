@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stalign._logging import logger
-from stalign._validate import listing
-from stalign.genes import aggregate, input_kind, match_names, row_normalise
-from stalign.slide._library import find_niche_record, niche_graph
+from stalign._validate import get_coordinates, listing
+from stalign.genes import input_kind, match_names
+from stalign.genes._rows import CountRows
+from stalign.slide._library import find_niche_record, niche_graph, niche_record
+from stalign.tl._expression import Expression
 from stalign.tl._slots import embed_record, unit_rows
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ def prompt_embeddings(
         inputs = [values.copy() for values in general]
         for values, statistics in zip(inputs, fitted, strict=True):
             for row, genes in enumerate(index.values()):
-                prompt = _slide_prompt(None if statistics is None else statistics.get(code), genes)
+                prompt = _slide_prompt(statistics.get(code), genes)
                 if prompt is not None:
                     values[row] = prompt
                     adapted = True
@@ -124,21 +126,22 @@ def _embed_genes(model: STAlign, spot: np.ndarray, niche: np.ndarray) -> np.ndar
     return unit_rows(joined.numpy())
 
 
-def _fit(adata: AnnData, model: STAlign, codes: np.ndarray, *, key: str) -> tuple[Any, Any]:
-    """Return the slides' statistics of the two gene encoders; ``None`` if there are no counts, or they need none."""
+def _fit(adata: AnnData, model: STAlign, codes: np.ndarray, *, key: str) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return, by library, the statistics of the two gene encoders; empty without counts, or if they need none."""
     data = _slide_counts(adata, model, key)
     if data is None:
-        return None, None
-    counts, graph = data
-    niche = model.encoder("niche_gene").fit(counts, connectivities=graph, library=codes)
-    spot_config, niche_config = model.config.spot_gene, model.config.niche_gene
-    if (spot_config.encoder, spot_config.args) == (niche_config.encoder, niche_config.args):
-        return niche, niche
-    return model.encoder("spot_gene").fit(counts, connectivities=graph, library=codes), niche
+        return {}, {}
+    counts, graph, coordinates = data
+    with counts:
+        fitted = Expression(model, counts, graph, codes, coordinates).fit()
+    spot, niche = (
+        {code: both[side].get(0) for code, both in fitted.items() if isinstance(both[side], Mapping)} for side in (0, 1)
+    )
+    return spot, niche
 
 
-def _slide_counts(adata: AnnData, model: STAlign, key: str) -> tuple[csr_matrix, csr_matrix] | None:
-    """Return counts over the vocabulary and the model's niche graph; ``None`` if the counts or the spots are gone.
+def _slide_counts(adata: AnnData, model: STAlign, key: str) -> tuple[CountRows, csr_matrix, np.ndarray] | None:
+    """Return counts over the vocabulary, the model's niche graph and the coordinates; ``None`` if they are gone.
 
     The recorded graph may be that of another model that has embedded the slide since, or of more spots than are left:
     then it is worked out again.
@@ -163,7 +166,8 @@ def _slide_counts(adata: AnnData, model: STAlign, key: str) -> tuple[csr_matrix,
         gene_symbols=str(record["gene_symbols"]) or None,
         organism=str(record["organism"]) or None,
     )
-    return aggregate(raw, match), row_normalise(graph)
+    coordinates = get_coordinates(working, str(niche_record(working)["params"]["spatial_key"]))
+    return CountRows(raw, match), graph, coordinates
 
 
 def _slide_prompt(statistics: Any, genes: np.ndarray) -> np.ndarray | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from stalign.models import STAlign
 
 _AMP = ("bf16", "fp16", "off")
+# Pixels of one forward pass on a CPU: 256 spots of the bundled model.
+_CPU_PIXELS = 256 * (32**2 + 64**2)
+# Spots of the pass that tells how much memory one takes.
+_PROBE = 8
 
 
 class ModelIdentity(NamedTuple):
@@ -48,26 +54,17 @@ def resolve_model(model: Any) -> STAlign:
 
 def identify(model: STAlign) -> ModelIdentity:
     """Say which model this is; the SHA-256 of a model that was never saved is that of its tensors."""
+    from stalign.models._checkpoint import tensor_digest
     from stalign.models._folder import bundled_folder
 
     origin = model.provenance
     name = origin.name or model.config.name
     if not origin.sha256:
-        return ModelIdentity(name, "", _tensor_digest(model), "")
+        return ModelIdentity(name, "", tensor_digest(model), "")
     on_hub = "/" in name  # folders go by the name in their config, which has no slash
     is_bundled = Path(origin.folder) == bundled_folder() / name
     source = name if on_hub or is_bundled else origin.folder
     return ModelIdentity(name, origin.revision, origin.sha256, source)
-
-
-def _tensor_digest(model: STAlign) -> str:
-    import torch
-
-    digest = hashlib.sha256()
-    for key, tensor in model.state_dict().items():
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def available_devices() -> list[str]:
@@ -110,18 +107,104 @@ def resolve_amp(amp: str | None) -> str:
 
 
 @contextmanager
-def inference(model: STAlign, device: torch.device, amp: str = "off") -> Iterator[STAlign]:
-    """Lend a model to a device, in evaluation mode and without gradients; afterwards it is as it was."""
+def inference(model: STAlign, device: torch.device, amp: str = "off", *, workers: int = 0) -> Iterator[Any]:
+    """Lend a model to a device, in evaluation mode and without gradients; afterwards it is as it was.
+
+    Parameters
+    ----------
+    model
+        The model.
+    device
+        Where it runs.
+    amp
+        ``"bf16"``, ``"fp16"`` or ``"off"``.
+    workers
+        Threads that work beside it: on a CPU the passes leave them room.
+
+    Yields
+    ------
+    What to call: the model, or with ``settings.compile`` its compiled form.
+    """
     import torch
 
     before, was_training = model.device, model.training
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    threads = torch.get_num_threads()
+    tf32 = torch.backends.cudnn.allow_tf32
     try:
         model.to(device).eval()
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) - workers)))
+        if device.type == "cuda":
+            _lay_out(model, torch.channels_last)
+            # Convolutions would drop to ten bits unasked, and differ from a CPU's.
+            torch.backends.cudnn.allow_tf32 = amp != "off" and tf32
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=amp != "off"):
-            yield model
+            yield _compiled(model) if settings.compile else model
     finally:
+        if device.type == "cuda":
+            _lay_out(model, torch.contiguous_format)
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_num_threads(threads)
         model.to(before).train(was_training)
+
+
+def _lay_out(model: STAlign, memory_format: Any) -> None:
+    """Order the weights of convolutions as the pixels are."""
+    for name in ("spot_image", "niche_image"):
+        model.encoder(name).to(memory_format=memory_format)
+
+
+_COMPILED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _compiled(model: STAlign) -> Any:
+    """Return the compiled form of a model, which is made once."""
+    import torch
+
+    if model not in _COMPILED:
+        # The wrapper must not hold the model, or neither would ever be let go.
+        reference = weakref.ref(model)
+        _COMPILED[model] = torch.compile(lambda **inputs: reference()(**inputs))  # type: ignore[misc]
+    return _COMPILED[model]
+
+
+def auto_workers(device: torch.device) -> int:
+    """Return the number of threads that read pixels: one beside a CPU that computes, more beside a GPU."""
+    cores = os.cpu_count() or 1
+    if device.type == "cpu":
+        return min(1, cores - 1)
+    return max(1, min(8, cores - 1))
+
+
+def auto_batch_size(model: STAlign, device: torch.device, *, image: bool, genes: bool) -> int:
+    """Return how many spots go through the model at once.
+
+    On a CPU as many as keep their pixels to a few megabytes. On a GPU as many as fit into half of the free memory, by
+    what a small batch takes; more is halved anyway.
+    """
+    geometry = model.geometry
+    values = (geometry.spot_pixels**2 + geometry.niche_pixels**2) if image else 0
+    if device.type != "cuda":
+        return _power_of_two(_CPU_PIXELS / max(values, 1), 16, 256)
+    import torch
+
+    inputs: dict[str, torch.Tensor] = {}
+    for name in ("spot", "niche"):
+        if image:
+            side = model.encoder(f"{name}_image").size or getattr(geometry, f"{name}_pixels")
+            inputs[f"{name}_image"] = torch.zeros(_PROBE, 3, side, side, device=device)
+        if genes:
+            inputs[f"{name}_gene"] = torch.zeros(_PROBE, model.encoder(f"{name}_gene").input_dim, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(**inputs)
+    per_spot = (torch.cuda.max_memory_allocated(device) - before) / _PROBE + 6 * values
+    return _power_of_two(0.5 * torch.cuda.mem_get_info(device)[0] / max(per_spot, 1), 16, 1024)
+
+
+def _power_of_two(value: float, low: int, high: int) -> int:
+    return int(min(high, max(low, 2 ** int(math.log2(max(value, 1))))))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

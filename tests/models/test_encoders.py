@@ -300,3 +300,14 @@ def test_pathway_sets_that_do_not_fit(pathway):
         pathway.set_gene_sets({"first": ["P", "Q"], "second": ["R", "S"]})
     with pytest.raises(ValueError, match="Did you mean 'HALLMARK_APOPTOSIS'"):
         pathway.set_gene_sets(["HALLMARK_APOPTOSS", "HALLMARK_HYPOXIA"])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_colours_and_textures_are_those_of_each_channel(memory_format):
+    from stalign.models.encoders._colour_cnn import colour_texture
+
+    images = torch.randn(3, 3, 7, 5, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(-2, -1))
+    right = (images[..., :, 1:] - images[..., :, :-1]).abs().mean(dim=(-2, -1))
+    expected = [images.mean(dim=(-2, -1)), images.std(dim=(-2, -1)), (down + right) / 2]
+    torch.testing.assert_close(colour_texture(images), torch.cat(expected, dim=1))

@@ -7,7 +7,7 @@ import torch
 
 from stalign.genes import normalise_log1p
 from stalign.models.encoders import build_gene_encoder
-from stalign.models.encoders._slide_profile import _cut, _spread_rows, gene_table
+from stalign.models.encoders._slide_profile import _cut, _moments, _niche_moments, gene_table
 
 GENES = tuple(f"G{i}" for i in range(200))
 
@@ -142,12 +142,56 @@ def test_statistics_of_a_sample_stand_for_the_slide():
     assert np.median(correlation) > 0.95
 
 
-def test_sample_of_rows_does_not_depend_on_their_order():
-    counts, _, _ = strip()
-    order = np.random.default_rng(0).permutation(120)
-    first = counts[_spread_rows(counts, 30)].toarray()
-    second = counts[order][_spread_rows(counts[order], 30)].toarray()
-    assert sorted(map(tuple, first)) == sorted(map(tuple, second))
+def test_statistics_of_a_sample_do_not_depend_on_the_order_of_rows():
+    counts, graph, _ = strip(n=600)
+    # Spots of one total are told apart by nothing but their rows.
+    more = sp.csr_matrix((np.arange(600.0), (np.arange(600), np.arange(600) % 200)), shape=counts.shape)
+    counts = sp.csr_matrix(counts * 1000 + more, dtype=np.float32)
+    order = np.random.default_rng(0).permutation(600)
+    sampled = build_gene_encoder("slide-profile", vocabulary=GENES, dim=64, n_components=2, max_fit=300)
+    whole = sampled.preprocess(counts, connectivities=graph)
+    shuffled = sampled.preprocess(counts[order], connectivities=graph[order][:, order])
+    np.testing.assert_allclose(shuffled, whole[order], atol=1e-3)
+
+
+def test_a_block_of_niches_is_as_in_the_whole(encoder):
+    counts, graph, _ = strip(seed=6)
+    statistics = encoder.fit(counts, connectivities=graph)
+    niches = encoder.preprocess(counts, connectivities=graph, statistics=statistics)
+    spots = encoder.preprocess(counts, statistics=statistics)
+    rows = np.array([17, 3, 60])
+    near = np.unique(graph[rows].indices)
+    block = encoder.preprocess(counts[near], connectivities=graph[rows][:, near], statistics=statistics)
+    np.testing.assert_allclose(block, niches[rows], atol=1e-4)
+    np.testing.assert_allclose(encoder.preprocess(counts[rows], statistics=statistics), spots[rows], atol=1e-4)
+
+
+def test_statistics_of_niches_with_their_spots(encoder):
+    counts, graph, _ = strip(n=300, seed=7)
+    inner = np.arange(4, 296)
+    first = encoder.fit(counts, connectivities=graph[inner])[0]
+    whole = encoder.fit(counts, connectivities=graph)[0]
+    assert first.niche_map.shape[1] == whole.niche_map.shape[1] == 64
+    common = np.intersect1d(first.genes, whole.genes)
+    assert len(common) > 50
+
+
+@pytest.mark.parametrize("dense_above", [0.0, 0.5, 1.0])
+def test_niche_moments_are_those_of_the_niche_means(monkeypatch, dense_above):
+    from stalign.models.encoders import _slide_profile
+
+    monkeypatch.setattr(_slide_profile, "_DENSE", dense_above)
+    monkeypatch.setattr(_slide_profile, "_BLOCK", 2000)
+    counts, graph, _ = strip(seed=8)
+    counts.data[np.random.default_rng(0).random(counts.nnz) < 0.5] = 0
+    counts.eliminate_zeros()
+    expression = normalise_log1p(counts)
+    niches = (graph @ expression).toarray().astype(np.float64)
+    mean, sd = _niche_moments(graph, expression)
+    np.testing.assert_allclose(mean, niches.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sd, niches.std(axis=0), rtol=1e-4, atol=1e-5)
+    mean, sd = _moments(expression)
+    np.testing.assert_allclose(sd, expression.toarray().std(axis=0), rtol=1e-4)
 
 
 def test_cut_leaves_the_input_alone():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from anndata import AnnData
 
 from stalign.pp import extract_niches
-from stalign.slide._grid import find_grid, shell_radius
+from stalign.slide import _neighbours
+from stalign.slide._grid import Grid, find_grid, shell_radius
+from stalign.slide._neighbours import niche_neighbours
 
 GEOMETRY = {"n_neighbors": 18, "spot_um": 100.0, "niche_um": 400.0}
 
@@ -162,3 +165,84 @@ def test_large_square_grid_is_lean():
     tracemalloc.stop()
     assert peak < 200e6
     assert adata.uns["stalign"]["niche"]["libraries"]["HD"]["mpp"] == pytest.approx(0.25)
+
+
+# --- against squidpy, whose graphs these are ---------------------------------------------------------------------
+
+
+def of_squidpy(positions: np.ndarray, **how: float) -> set[tuple[int, int]]:
+    sq = pytest.importorskip("squidpy")
+    bare = AnnData(obsm={"spatial": positions})
+    if hasattr(sq.gr, "spatial_neighbors_radius"):
+        function = sq.gr.spatial_neighbors_radius if "radius" in how else sq.gr.spatial_neighbors_knn
+        graph = function(bare, set_diag=True, copy=True, **how)[0]
+    else:
+        graph = sq.gr.spatial_neighbors(bare, coord_type="generic", set_diag=True, copy=True, **how)[0]
+    return set(zip(*map(np.ndarray.tolist, graph.nonzero()), strict=True))
+
+
+def pairs(graph) -> set[tuple[int, int]]:
+    return set(zip(*map(np.ndarray.tolist, graph.nonzero()), strict=True))
+
+
+def a_grid(kind: str, *, holes: bool, from_array: bool, seed: int = 0) -> Grid:
+    rng = np.random.default_rng(seed)
+    row, column = np.divmod(np.arange(30 * 23), 23)
+    unit = np.array([0.5, np.sqrt(3) / 2]) if kind == "hexagonal" else np.ones(2)
+    places = np.column_stack([2 * column + row % 2 if kind == "hexagonal" else column, row + 2]) * unit
+    places = places[rng.random(len(places)) < 0.7] if holes else places
+    positions = places[rng.permutation(len(places))]
+    if not from_array:
+        positions = positions + rng.normal(0, 0.02, positions.shape)
+    return Grid(kind, positions, 1.0, from_array=from_array)
+
+
+@pytest.mark.parametrize("kind", ["hexagonal", "square"])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("from_array", [False, True])
+@pytest.mark.parametrize("n_neighbors", [4, 18, 60])
+def test_grids_are_squidpys(monkeypatch, kind, holes, from_array, n_neighbors):
+    monkeypatch.setattr(_neighbours, "_BLOCK", 64)
+    grid = a_grid(kind, holes=holes, from_array=from_array)
+    graph = niche_neighbours(grid, n_neighbors)
+    assert pairs(graph) == of_squidpy(grid.positions, radius=shell_radius(kind, n_neighbors))
+    assert graph.has_sorted_indices
+    assert (graph.indices.dtype, graph.data.dtype) == (np.int32, np.float32)
+
+
+@pytest.mark.parametrize("n_neighbors", [1, 6, 18])
+def test_nearest_are_squidpys(monkeypatch, n_neighbors):
+    monkeypatch.setattr(_neighbours, "_BLOCK", 64)
+    positions = np.random.default_rng(0).random((300, 2)) * 100
+    grid = Grid("free", positions, float("nan"))
+    assert pairs(niche_neighbours(grid, n_neighbors)) == of_squidpy(positions, n_neighs=n_neighbors)
+
+
+def test_places_taken_twice_and_places_far_apart():
+    """Where a table of places would be wrong, or larger than the slide, the tree is asked."""
+    grid = a_grid("square", holes=False, from_array=True)
+    twice = replace(grid, positions=np.concatenate([grid.positions, grid.positions[:3]]))
+    assert pairs(niche_neighbours(twice, 4)) == of_squidpy(twice.positions, radius=shell_radius("square", 4))
+    far = replace(grid, positions=np.concatenate([grid.positions, [[1e6, 1e6]]]))
+    graph = niche_neighbours(far, 4)
+    assert graph.shape[0] == len(far.positions)
+    assert graph[-1].indices.tolist() == [len(far.positions) - 1]
+
+
+def test_many_spots_on_one_point_keep_themselves():
+    positions = np.concatenate([np.zeros((9, 2)), np.random.default_rng(0).random((5, 2))])
+    graph = niche_neighbours(Grid("free", positions, float("nan")), 3)
+    assert (graph.diagonal() == 1).all()
+    assert (np.diff(graph.indptr) == 4).all()
+
+
+def test_one_spot_is_its_own_niche():
+    for kind in ("free", "square"):
+        assert niche_neighbours(Grid(kind, np.zeros((1, 2)), 1.0), 6).toarray().tolist() == [[1.0]]
+
+
+def test_a_crowd_denser_than_a_grid():
+    """More spots within the radius than a full grid has: none is left out."""
+    positions = np.random.default_rng(0).random((400, 2)) * 3
+    grid = Grid("square", positions, 1.0)
+    assert pairs(niche_neighbours(grid, 4)) == of_squidpy(positions, radius=shell_radius("square", 4))

@@ -143,10 +143,17 @@ class GeneEncoder(Encoder):
     """
 
     input_dim: int
+    runs_network: bool = False
+    """Whether :meth:`preprocess` runs a network, which wants the device, and the thread, of the forward passes."""
 
     def __init__(self, *, vocabulary: Sequence[str] = ()) -> None:
         super().__init__()
         self.vocabulary = tuple(vocabulary)
+
+    @property
+    def fit_limit(self) -> int:
+        """Spots of a slide that :meth:`fit` looks at, at most; 0 where it takes nothing from a slide."""
+        return 0
 
     def fit(self, counts: csr_matrix, *, connectivities: csr_matrix, library: np.ndarray | None = None) -> Any:
         """Take from the slides what :meth:`preprocess` needs of all their spots; ``None`` where it needs nothing.
@@ -154,7 +161,8 @@ class GeneEncoder(Encoder):
         Parameters
         ----------
         counts, connectivities, library
-            As in :meth:`preprocess`.
+            As in :meth:`preprocess`. Of a slide alone, ``connectivities`` may be (k, n): a sample of k niches with
+            the counts of their n spots.
         """
         return None
 
@@ -174,15 +182,17 @@ class GeneEncoder(Encoder):
         counts
             (n, n_vocabulary) raw counts.
         connectivities
-            (n, n) row-stochastic niche graph; ``None`` for the spots themselves.
+            (n, n) row-stochastic niche graph; ``None`` for the spots themselves. Of one slide, (m, n): the niches of m
+            spots, given the counts of all n spots in them.
         library
             (n,) number of the slide of each spot, for encoders that compare spots of one slide.
         statistics
-            What :meth:`fit` returned for these spots.
+            What :meth:`fit` returned for these slides.
 
         Returns
         -------
-        (n, input_dim) float32.
+        (n, input_dim) float32, (m, input_dim) with niches of m spots. A row does not depend on which others are asked
+        for, given ``statistics``.
         """
 
     def prompt(self, gene_index: np.ndarray) -> np.ndarray:

@@ -600,6 +600,7 @@ class ScGPTEmbedding(GeneEncoder):
     """
 
     _place: torch.Tensor
+    runs_network = True
 
     def __init__(self, *, vocabulary: Sequence[str] = (), dim: int = 512) -> None:
         super().__init__(vocabulary=vocabulary)

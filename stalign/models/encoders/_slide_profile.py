@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,12 +12,17 @@ import torch
 from torch import nn
 
 from stalign._validate import check_positive
-from stalign.genes import normalise_log1p
+from stalign.genes import library_size, normalise_log1p
+from stalign.genes._sample import sample_niches
 from stalign.models.encoders._base import GeneEncoder
 
-_ROWS_PER_CHUNK = 2048
 _POWER_ITERATIONS = 4
 _OVERSAMPLING = 10
+# Values of a dense block of niche means: a megabyte, which stay in the processor's cache.
+_BLOCK = 1 << 18
+# Genes detected in more than this share of the spots are averaged over niches as dense columns: a dense column costs
+# as much as a sparse one that holds this share.
+_DENSE = 0.02
 
 
 class SlideStatistics(NamedTuple):
@@ -26,21 +31,34 @@ class SlideStatistics(NamedTuple):
     Attributes
     ----------
     genes
-        (k,) places in the vocabulary of the genes that are used.
+        (k,) places in the vocabulary of the genes that have a weight.
     ceiling
         (k,) log-normalised expression above which a value is cut.
-    spot_map, niche_map
-        (k, input_dim) from log-normalised expression of a spot, or of a niche, to the encoder's input.
+    spot_loadings, niche_loadings
+        (k, r) from log-normalised expression of a spot, or of a niche, to the slide's components.
     spot_shift, niche_shift
-        (input_dim,) subtracted afterwards: the image of the slide's mean.
+        (r,) subtracted afterwards: the components of the slide's mean.
+    directions
+        (r, input_dim) from the components to the encoder's input.
     """
 
     genes: np.ndarray
     ceiling: np.ndarray
-    spot_map: np.ndarray
-    niche_map: np.ndarray
+    spot_loadings: np.ndarray
+    niche_loadings: np.ndarray
     spot_shift: np.ndarray
     niche_shift: np.ndarray
+    directions: np.ndarray
+
+    @property
+    def spot_map(self) -> np.ndarray:
+        """(k, input_dim) from log-normalised expression of a spot to the encoder's input."""
+        return self.spot_loadings @ self.directions
+
+    @property
+    def niche_map(self) -> np.ndarray:
+        """(k, input_dim) from log-normalised expression of a niche to the encoder's input."""
+        return self.niche_loadings @ self.directions
 
 
 @lru_cache(maxsize=4)
@@ -53,6 +71,14 @@ def gene_table(n_genes: int, dim: int, seed: int) -> np.ndarray:
     table = table.astype(np.float32)
     table.flags.writeable = False
     return table
+
+
+@lru_cache(maxsize=4)
+def _start(n_genes: int, width: int, seed: int) -> np.ndarray:
+    """Return the (n_genes, width) directions in which the decomposition starts, the same for a gene on all slides."""
+    start = np.random.RandomState(seed).standard_normal((n_genes, width))
+    start.flags.writeable = False
+    return start
 
 
 class SlideProfile(GeneEncoder):
@@ -78,7 +104,7 @@ class SlideProfile(GeneEncoder):
     noise_floor
         Multiple of the variance share that pure noise keeps in a niche mean; genes below it get no weight.
     max_fit
-        Niches that the slide's statistics are taken from, at most.
+        Spots that a slide's statistics are taken from, at most; of a larger slide, those of niches spread over it.
     seed
         Seed of the genes' directions and of the randomised decomposition.
     """
@@ -124,10 +150,19 @@ class SlideProfile(GeneEncoder):
         """
         library = np.zeros(counts.shape[0], dtype=np.intp) if library is None else library
         statistics = {}
-        for code in np.unique(library):
+        codes = np.unique(library)
+        for code in codes:
             rows = np.flatnonzero(library == code)
-            statistics[int(code)] = self._fit_slide(counts[rows], connectivities[rows][:, rows])
+            slide, graph = counts, connectivities
+            if len(codes) > 1:
+                slide, graph = counts[rows], connectivities[rows][:, rows]
+            statistics[int(code)] = self._fit_slide(*self._bounded(slide, graph))
         return statistics
+
+    @property
+    def fit_limit(self) -> int:
+        """Spots of a slide that :meth:`fit` looks at, at most."""
+        return self.max_fit
 
     def preprocess(
         self,
@@ -152,17 +187,25 @@ class SlideProfile(GeneEncoder):
         if statistics is None:
             graph = sp.identity(n, dtype=np.float32, format="csr") if connectivities is None else connectivities
             statistics = self.fit(counts, connectivities=graph, library=library)
+        codes = np.unique(library)
+        if len(codes) == 1:
+            return _profile(counts, connectivities, statistics[int(codes[0])])
         profile = np.zeros((n, self.input_dim), dtype=np.float32)
-        for code, slide in statistics.items():
+        for code in codes:
             rows = np.flatnonzero(library == code)
-            expression = _cut(normalise_log1p(counts[rows])[:, slide.genes], slide.ceiling)
-            if connectivities is None:
-                profile[rows] = expression @ slide.spot_map - slide.spot_shift
-            else:
-                profile[rows] = connectivities[rows][:, rows] @ (expression @ slide.niche_map) - slide.niche_shift
+            own = None if connectivities is None else connectivities[rows][:, rows]
+            profile[rows] = _profile(counts[rows], own, statistics[int(code)])
         return profile
 
     # -- statistics of one slide -------------------------------------------------------------------------------------
+
+    def _bounded(self, counts: sp.csr_matrix, graph: sp.csr_matrix) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Return a sample of a large slide: some niches, and the counts of their spots."""
+        if counts.shape[0] <= self.max_fit or graph.shape[0] != graph.shape[1]:
+            return counts, graph
+        order = np.lexsort((np.diff(counts.indptr), library_size(counts)))
+        niches, spots = sample_niches(graph, order, self.max_fit)
+        return counts[spots], graph[niches][:, spots]
 
     def _fit_slide(self, counts: sp.csr_matrix, graph: sp.csr_matrix) -> SlideStatistics:
         expression = normalise_log1p(counts)
@@ -173,24 +216,28 @@ class SlideProfile(GeneEncoder):
         spot_mean, spot_sd = _moments(expression)
         ceiling = (spot_mean + 10 * spot_sd).astype(np.float32)
         expression = _cut(expression, ceiling)
-        sample = _spread_rows(expression, self.max_fit)
-        niche_graph = graph[sample]
-        niche_mean, niche_sd = _niche_moments(niche_graph, expression)
-        weight = self._spatial_weight(niche_graph, spot_sd, niche_sd)
+        niche_mean, niche_sd = _niche_moments(graph, expression)
+        weight = self._spatial_weight(graph, spot_sd, niche_sd)
+        # What has no weight has no part in anything that follows.
+        used = np.flatnonzero(weight)
+        genes, ceiling, weight, expression = genes[used], ceiling[used], weight[used], expression[:, used]
+        spot_mean, spot_sd, niche_mean, niche_sd = (v[used] for v in (spot_mean, spot_sd, niche_mean, niche_sd))
         spot_scale, niche_scale = _safe_ratio(weight, spot_sd), _safe_ratio(weight, niche_sd)
-        components = self._components(niche_graph, expression, niche_mean, niche_scale, genes)
-        to_input = components @ _isometry(components.T @ self._table()[genes])
-        spot_map, niche_map = spot_scale[:, None] * to_input, niche_scale[:, None] * to_input
-        spot_shift, niche_shift = spot_mean @ spot_map, niche_mean @ niche_map
-        spot_factor = self._unit_factor(expression[sample] @ spot_map - spot_shift)
-        niche_factor = self._unit_factor(niche_graph @ (expression @ niche_map) - niche_shift)
+        components = self._components(graph, expression, niche_mean, niche_scale, genes)
+        directions = _isometry(components.T @ self._table()[genes])
+        spot_loadings = (spot_scale[:, None] * components).astype(np.float32)
+        niche_loadings = (niche_scale[:, None] * components).astype(np.float32)
+        spot_shift, niche_shift = spot_mean @ spot_loadings, niche_mean @ niche_loadings
+        spot_factor = self._unit_factor((expression @ spot_loadings - spot_shift) @ directions)
+        niche_factor = self._unit_factor((graph @ (expression @ niche_loadings) - niche_shift) @ directions)
         return SlideStatistics(
             genes=genes,
             ceiling=ceiling,
-            spot_map=(spot_map * spot_factor).astype(np.float32),
-            niche_map=(niche_map * niche_factor).astype(np.float32),
+            spot_loadings=spot_loadings * np.float32(spot_factor),
+            niche_loadings=niche_loadings * np.float32(niche_factor),
             spot_shift=(spot_shift * spot_factor).astype(np.float32),
             niche_shift=(niche_shift * niche_factor).astype(np.float32),
+            directions=directions.astype(np.float32),
         )
 
     def _spatial_weight(self, graph: sp.csr_matrix, spot_sd: np.ndarray, niche_sd: np.ndarray) -> np.ndarray:
@@ -216,15 +263,16 @@ class SlideProfile(GeneEncoder):
         """
         rank = min(self.n_components, len(genes), max(graph.shape[0] - 1, 1))
         width = min(rank + _OVERSAMPLING, len(genes))
-        start = np.random.RandomState(self.seed + 1).standard_normal((len(self.vocabulary), width))
-        basis = np.linalg.qr(start[genes])[0]
+        basis = np.linalg.qr(_start(len(self.vocabulary), width, self.seed + 1)[genes])[0]
+        expression = expression.astype(np.float32)
+        graph, transposed = graph.astype(np.float32), (expression.T.tocsr(), graph.T.tocsr().astype(np.float32))
 
         def forward(directions: np.ndarray) -> np.ndarray:
             scaled = scale[:, None] * directions
-            return graph @ (expression @ scaled) - mean @ scaled
+            return graph @ (expression @ scaled.astype(np.float32)) - mean @ scaled
 
         def backward(scores: np.ndarray) -> np.ndarray:
-            raw = expression.T @ (graph.T @ scores) - np.outer(mean, scores.sum(axis=0))
+            raw = transposed[0] @ (transposed[1] @ scores.astype(np.float32)) - np.outer(mean, scores.sum(axis=0))
             return scale[:, None] * raw
 
         for _ in range(_POWER_ITERATIONS):
@@ -285,20 +333,34 @@ def _from_sums(total: np.ndarray, squares: np.ndarray, n: int) -> tuple[np.ndarr
 
 def _niche_moments(graph: sp.csr_matrix, expression: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each gene over the niches, block by block, since niche means are hardly sparse."""
-    total = np.zeros(expression.shape[1])
-    squares = np.zeros(expression.shape[1])
-    for start in range(0, graph.shape[0], _ROWS_PER_CHUNK):
-        block_total, block_squares = _column_sums(sp.csr_matrix(graph[start : start + _ROWS_PER_CHUNK] @ expression))
-        total += block_total
-        squares += block_squares
-    return _from_sums(total, squares, graph.shape[0])
+    n_niches, n_genes = graph.shape[0], expression.shape[1]
+    # The mean over niches is a weighted mean over spots.
+    mean = expression.T @ np.asarray(graph.sum(axis=0), dtype=np.float64).ravel() / max(n_niches, 1)
+    squares = np.zeros(n_genes)
+    columns = sp.csc_matrix(expression)
+    share = np.diff(columns.indptr) / max(columns.shape[0], 1)
+    for genes in _gene_blocks(np.flatnonzero(share > _DENSE), max(graph.shape)):
+        deviation = graph @ columns[:, genes].toarray(order="C") - mean[genes].astype(np.float32)
+        squares[genes] = np.einsum("ij,ij->j", deviation, deviation)
+    for genes in _gene_blocks(np.flatnonzero(share <= _DENSE), max(graph.shape) * _DENSE):
+        niches = sp.csr_matrix(graph @ sp.csr_matrix(columns[:, genes]))
+        raw = np.bincount(niches.indices, weights=niches.data**2, minlength=len(genes))
+        # Most niches hold none of such a gene: the mean is small, and nothing cancels out.
+        squares[genes] = np.maximum(raw - n_niches * mean[genes] ** 2, 0.0)
+    return mean, np.sqrt(squares / max(n_niches, 1))
 
 
-def _spread_rows(expression: sp.csr_matrix, limit: int) -> np.ndarray:
-    """At most ``limit`` rows, spread evenly over the range of total expression, whatever the order of the rows."""
-    n = expression.shape[0]
-    if n <= limit:
-        return np.arange(n)
-    total = np.asarray(expression.sum(axis=1)).ravel()
-    order = np.lexsort((np.diff(expression.indptr), total))
-    return np.sort(order[np.linspace(0, n - 1, limit).round().astype(np.intp)])
+def _gene_blocks(genes: np.ndarray, values_per_gene: float) -> Iterator[np.ndarray]:
+    size = max(16, int(_BLOCK / max(values_per_gene, 1)))
+    for start in range(0, len(genes), size):
+        yield genes[start : start + size]
+
+
+def _profile(counts: sp.csr_matrix, graph: sp.csr_matrix | None, slide: SlideStatistics) -> np.ndarray:
+    """Profiles of the spots, or with a graph (m, n) those of the m niches that it describes."""
+    expression = _cut(normalise_log1p(counts)[:, slide.genes], slide.ceiling)
+    if graph is None:
+        scores = expression @ slide.spot_loadings - slide.spot_shift
+    else:
+        scores = graph @ (expression @ slide.niche_loadings) - slide.niche_shift
+    return np.asarray(scores @ slide.directions, dtype=np.float32)
