@@ -248,7 +248,7 @@ def _embed(
 ) -> None:
     from tqdm.auto import tqdm
 
-    workers = auto_workers(run.device) if run.num_workers is None else run.num_workers
+    workers = auto_workers(model, run.device) if run.num_workers is None else run.num_workers
     with (
         inference(model, run.device, run.amp, workers=workers) as network,
         tqdm(total=len(order), initial=sink.done, unit="spot", desc="stalign", disable=not run.progress) as bar,

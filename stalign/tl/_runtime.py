@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _AMP = ("bf16", "fp16", "off")
 # Pixels of one forward pass on a CPU: 256 spots of the bundled model.
 _CPU_PIXELS = 256 * (32**2 + 64**2)
+# Parameters of a model beside which reading pixels takes no time worth a thread.
+_LARGE = 20_000_000
 # Spots of the pass that tells how much memory one takes.
 _PROBE = 8
 
@@ -169,12 +171,17 @@ def _compiled(model: STAlign) -> Any:
     return _COMPILED[model]
 
 
-def auto_workers(device: torch.device) -> int:
-    """Return the number of threads that read pixels: one beside a CPU that computes, more beside a GPU."""
+def auto_workers(model: STAlign, device: torch.device) -> int:
+    """Return the number of threads that read pixels: more beside a GPU than beside a CPU that computes.
+
+    On a CPU one works beside a small model. Beside a large one, which takes nearly all the time, it would only hold one
+    core back from it.
+    """
     cores = os.cpu_count() or 1
-    if device.type == "cpu":
-        return min(1, cores - 1)
-    return max(1, min(8, cores - 1))
+    if device.type != "cpu":
+        return max(1, min(8, cores - 1))
+    is_large = sum(parameter.numel() for parameter in model.parameters()) > _LARGE
+    return 0 if is_large else min(1, cores - 1)
 
 
 def auto_batch_size(model: STAlign, device: torch.device, *, image: bool, genes: bool) -> int:

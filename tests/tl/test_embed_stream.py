@@ -235,10 +235,12 @@ def test_batch_size_follows_the_patches(tiny, make_tiny):
 def test_workers_and_threads_share_the_cores(monkeypatch, tiny):
     cpu = torch.device("cpu")
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert auto_workers(cpu) == 0
+    assert auto_workers(tiny, cpu) == 0
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert auto_workers(cpu) == 1
-    assert auto_workers(torch.device("cuda")) == 3
+    assert auto_workers(tiny, cpu) == 1
+    assert auto_workers(tiny, torch.device("cuda")) == 3
+    monkeypatch.setattr("stalign.tl._runtime._LARGE", 1)
+    assert auto_workers(tiny, cpu) == 0
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
