@@ -6,7 +6,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,6 +128,7 @@ def inference(model: STAlign, device: torch.device, amp: str = "off", *, workers
     What to call: the model, or with ``settings.compile`` its compiled form.
     """
     import torch
+    from threadpoolctl import threadpool_limits
 
     before, was_training = model.device, model.training
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
@@ -141,7 +142,9 @@ def inference(model: STAlign, device: torch.device, amp: str = "off", *, workers
             _lay_out(model, torch.channels_last)
             # Convolutions would drop to ten bits unasked, and differ from a CPU's.
             torch.backends.cudnn.allow_tf32 = amp != "off" and tf32
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=amp != "off"):
+        # Readers that each ask for all cores for their matrix products wait for each other and for the passes.
+        alone = threadpool_limits(1, user_api="blas") if device.type == "cpu" and workers else nullcontext()
+        with alone, torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=amp != "off"):
             yield _compiled(model) if settings.compile else model
     finally:
         if device.type == "cuda":
