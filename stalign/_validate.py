@@ -6,6 +6,7 @@ Every message names the thing, the value, what was available and the way out.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _SHOWN = 10
+DISK_FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT") if hasattr(errno, name))
+"""Codes of an OSError where a disk, a quota or a limit on the size of files is reached; Windows has no quotas."""
 
 
 def listing(names: Iterable[Any], limit: int = _SHOWN) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from stalign._keys import Key
 from stalign._logging import logger, one_line
 from stalign._settings import settings
-from stalign._validate import check_choice, listing, near
+from stalign._validate import DISK_FULL, check_choice, listing, near
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,7 @@ _WRONG_INPUT = (ValueError, KeyError, TypeError, ImportError, OSError)
 _FAULTS = (ArithmeticError, AttributeError, IndexError, MemoryError, RuntimeError)
 # Errors of the system that come again however often one tries.
 _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-_LASTING_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, None}
+_LASTING_CODES = {*DISK_FULL, errno.EROFS, None}
 _PATIENCE = 30.0
 """Seconds after which it is said that the cluster has no workers."""
 _RESUBMISSIONS = 3

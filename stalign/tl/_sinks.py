@@ -16,6 +16,7 @@ from typing import IO, Any, NoReturn, Self
 import numpy as np
 
 from stalign._logging import logger
+from stalign._validate import DISK_FULL
 
 _FORMAT = 1
 _PROGRESS = "progress.json"
@@ -24,7 +25,6 @@ _LOCK = "lock"
 _ROWS = 16384
 # Seconds between two notes of how far the work has come.
 _NOTE_EVERY = 2.0
-_DISK_FULL = (errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else []))
 
 
 class Sink(ABC):
@@ -250,7 +250,7 @@ def explained(path: Path, what: str) -> Iterator[None]:
 
 
 def _explain(error: OSError, path: Path, what: str) -> NoReturn:
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         folder = path if path.is_dir() else path.parent
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         raise OSError(

@@ -420,6 +420,11 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> PretrainConfig
     ------
     FileNotFoundError, ValueError
         For a missing file, TOML that cannot be read, a change without ``=``, or an unknown key.
+
+    Examples
+    --------
+    >>> from stalign import train
+    >>> train.read_config("my-model.toml", ["optimiser.steps=20"])  # doctest: +SKIP
     """
     path = Path(path)
     if not path.is_file():

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from stalign._validate import DISK_FULL
+
 # What libraries that write by themselves say of these.
 _FULL_TEXTS = ("no space left", "disk quota", "file too large", "storagefull", "filetoolarge", "quotaexceeded")
 
@@ -109,7 +110,7 @@ def _full_code(error: BaseException) -> int | None:
     """Return the code of a full disk in an error or in what it came from."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
             return seen.errno
         if any(text in str(seen).lower() for text in _FULL_TEXTS):
             return errno.ENOSPC

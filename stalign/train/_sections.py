@@ -187,6 +187,11 @@ def save_sections(folder: str | Path, sections: Sequence[Section], *, genes: Seq
     Returns
     -------
     The folder, as a path.
+
+    Examples
+    --------
+    >>> from stalign import train
+    >>> train.save_sections("my.shards", sections, genes=genes, geometry=geometry)  # doctest: +SKIP
     """
     folder = Path(folder).expanduser()
     settings = section_settings(geometry, genes)

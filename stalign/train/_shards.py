@@ -401,6 +401,12 @@ def open_shards(folder: str | Path, *, skip_damaged: bool = False) -> Shards:
         If there are no shards.
     DamagedShardError
         If a section is damaged, naming it and the file; a ``ValueError``.
+
+    Examples
+    --------
+    >>> from stalign import train
+    >>> shards = train.open_shards("cohort.shards")  # doctest: +SKIP
+    >>> shards.of_patients(["B"])  # doctest: +SKIP
     """
     folder = Path(folder).expanduser()
     if not (folder / MANIFEST).is_file():
@@ -509,6 +515,11 @@ def verify_shards(folder: str | Path) -> dict[str, str]:
         If there are no shards.
     DamagedShardError
         If manifest or vocabulary are damaged.
+
+    Examples
+    --------
+    >>> from stalign import train
+    >>> train.verify_shards("cohort.shards")  # doctest: +SKIP
     """
     folder = Path(folder).expanduser()
     if not (folder / MANIFEST).is_file():

@@ -37,7 +37,7 @@ TITLES = {
 
 PREFACE = """# Speed and memory
 
-What `stalign` costs, measured side by side with what it is compared with, in one run on one machine:
+What `stalign` costs, measured side by side with what it is compared with, each section of this page in one run:
 
 ```bash
 {command}

@@ -45,7 +45,7 @@ def run(out: Path, *changes: str) -> Path:
 def run_alone(out: Path, *changes: str) -> Path:
     """Train in a new process, as a command does that is called again.
 
-    Sums in a process that has done other things before may differ in their last bits: memory lies elsewhere.
+    A process that has done other things before was seen to differ in the last bits.
     """
     done = worker("run", str(out), *changes)
     assert done.returncode == 0, done.stderr
