@@ -1,52 +1,62 @@
-"""A bounded sample of niches that stands for a slide."""
+"""A bounded sample of a slide's spots that stands for the slide."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import sparse
 
-_PROBES = 64
+# Patches of a thousand spots, of fewer where that would be less than twenty patches, but of no less than fifty.
+_LARGE, _MANY, _SMALL = 1000, 20, 50
 
 
-def sample_niches(connectivities: sparse.csr_matrix, order: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose niches of one slide whose spots are about ``limit`` in number, spread evenly over it.
+def sample_patches(connectivities: sparse.csr_matrix, order: np.ndarray, limit: int) -> np.ndarray:
+    """Choose spots of one slide, at most ``limit``, in compact patches spread evenly over it.
 
-    For a given number of spots, niches that lie apart say more about a slide than more niches that overlap: on a
-    section of 3,106 spots, profiles from 58 niches apart (977 spots) agree with those from all better (median cosine
-    0.91) than profiles from 325 niches in patches of 19 (969 spots, 0.85).
+    Patches keep what is smooth over the tissue: most spots of a patch of a thousand have the neighbours that they have
+    on the slide, several steps deep.
 
     Parameters
     ----------
     connectivities
         (n, n) niche graph of the slide, self included.
     order
-        (n,) permutation of the spots along which the niches are spread evenly, such as along the slide; that the
-        choice does not depend on the order of the rows is up to it.
+        (n,) permutation of the spots along which the patches' centres are spread evenly, such as along the slide; that
+        the choice does not depend on the order of the rows is up to it.
     limit
-        Spots, at most; but one niche at least.
+        Spots, at most.
 
     Returns
     -------
-    Positions of the niches and of all their spots, sorted; everything where the slide has no more spots than that.
+    Positions of the spots, sorted; all of them where the slide has no more than that.
 
     Examples
     --------
-    >>> graph = sparse.eye(6, format="csr") + sparse.eye(6, k=1, format="csr")
-    >>> niches, spots = sample_niches(graph, np.arange(6), 4)
-    >>> bool(np.isin(graph[niches].indices, spots).all()), len(spots) <= 4
-    (True, True)
+    >>> line = sparse.eye(100) + sparse.eye(100, k=1) + sparse.eye(100, k=-1)
+    >>> spots = sample_patches(line.tocsr(), np.arange(100), 60)
+    >>> int(spots.min()), int(spots.max()), len(spots)
+    (21, 79, 59)
     """
     n = len(order)
     if n <= limit:
-        return np.arange(n), np.arange(n)
-    sizes = np.diff(connectivities.indptr)[order[_evenly(n, _PROBES)]]
-    k = max(1, int(limit // max(1.0, float(sizes.mean()))))
+        return np.arange(n)
+    n_patches = max(1, min(limit // _SMALL, max(_MANY, limit // _LARGE)))
     while True:
-        niches = np.unique(order[_evenly(n, k)])
-        spots = np.unique(np.append(connectivities[niches].indices, niches)).astype(np.intp)
-        if len(spots) <= limit or k == 1:
-            return niches, spots
-        k = max(1, min(k - 1, int(k * limit / len(spots))))
+        spots = _grown(connectivities, order[_evenly(n, n_patches)], limit)
+        # Patches stop growing early where the graph falls apart into small pieces: then more of them are taken.
+        if len(spots) >= limit / 2 or n_patches == limit:
+            return spots
+        n_patches = min(2 * n_patches, limit)
+
+
+def _grown(connectivities: sparse.csr_matrix, centres: np.ndarray, limit: int) -> np.ndarray:
+    """Grow patches around their centres, ring by ring, as long as they hold no more than ``limit`` spots."""
+    inside = np.zeros(connectivities.shape[0], dtype=np.float32)
+    inside[centres] = 1
+    while True:
+        grown = ((connectivities.T @ inside) + inside > 0).astype(np.float32)
+        if grown.sum() > limit or grown.sum() == inside.sum():
+            return np.flatnonzero(inside)
+        inside = grown
 
 
 def _evenly(n: int, k: int) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from stalign.genes import row_normalise
-from stalign.genes._sample import sample_niches
+from stalign.genes._sample import sample_patches
+from stalign.models._gene_inputs import GeneInputs
 
 if TYPE_CHECKING:
     from stalign.genes._rows import CountRows
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Expression:
     """Counts of a slide's spots and niches, as a model's gene encoders take them.
 
-    Nothing is held but the statistics of the slides: the counts of a block of spots and of their neighbours are read
-    when the block is asked for.
+    Counts are read when they are asked for: those of a block of spots and of their neighbours, or, for encoders that
+    want the whole slide, all of them once, of which a few numbers for each spot are held.
 
     Parameters
     ----------
@@ -45,6 +46,12 @@ class Expression:
         self._codes = codes
         self._coordinates = coordinates
         self._statistics: dict[int, tuple[Any, Any]] | None = None
+        self._inputs: dict[int, GeneInputs] = {}
+        # Where each spot is within its library.
+        self._place = np.empty(len(codes), dtype=np.intp)
+        for code in np.unique(codes):
+            here = codes == code
+            self._place[here] = np.arange(np.count_nonzero(here))
 
     @property
     def runs_network(self) -> bool:
@@ -66,28 +73,27 @@ class Expression:
         limit = max(self._spot.fit_limit, self._niche.fit_limit)
         if limit == 0:
             return None, None
-        here = np.flatnonzero(self._codes == code)
-        niches = spots = here
+        here, graph = self._library(code)
+        spots = np.arange(len(here))
         if len(here) > limit:
-            graph = self._graph if len(here) == self._graph.shape[0] else self._graph[here][:, here]
             x, y = self._coordinates[here].T
-            niches, spots = (here[part] for part in sample_niches(graph, np.lexsort((y, x)), limit))
-        return self._model.fit_genes(self._counts(spots), connectivities=_within(self._graph[niches], spots))
+            spots = sample_patches(graph, np.lexsort((y, x)), limit)
+            graph = row_normalise(graph[spots][:, spots])
+        return self._model.fit_genes(self._counts(here[spots]), connectivities=graph)
+
+    def _library(self, code: int) -> tuple[np.ndarray, csr_matrix]:
+        """Return the spots of a library and their niche graph, row-stochastic."""
+        here = np.flatnonzero(self._codes == code)
+        whole = len(here) == len(self._codes)
+        return here, row_normalise(self._graph if whole else self._graph[here][:, here])
+
+    def _inputs_of(self, code: int) -> GeneInputs:
+        if code not in self._inputs:
+            here, graph = self._library(code)
+            self._inputs[code] = GeneInputs(self._model, lambda rows: self._counts(here[rows]), graph, self.fit()[code])
+        return self._inputs[code]
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs of some spots of one library and of their niches, (m, input_dim) float32 each."""
-        spot_statistics, niche_statistics = self.fit()[int(self._codes[rows[0]])]
-        part = self._graph[rows]
-        spots = np.union1d(part.indices, rows)
-        counts = self._counts(spots)
-        return (
-            self._spot.preprocess(counts[np.searchsorted(spots, rows)], statistics=spot_statistics),
-            self._niche.preprocess(counts, connectivities=_within(part, spots), statistics=niche_statistics),
-        )
-
-
-def _within(graph: csr_matrix, spots: np.ndarray) -> csr_matrix:
-    """Rows of a niche graph, scaled to sum to one, over the columns ``spots`` alone, which are all they have."""
-    scaled = row_normalise(graph)
-    columns = np.searchsorted(spots, scaled.indices).astype(np.int32)
-    return csr_matrix((scaled.data, columns, scaled.indptr), shape=(graph.shape[0], len(spots)))
+        code = int(self._codes[rows[0]])
+        return self._inputs_of(code)(self._place[rows])

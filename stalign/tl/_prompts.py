@@ -176,9 +176,9 @@ def _slide_prompt(statistics: Any, genes: np.ndarray) -> np.ndarray | None:
     The rows of the encoder's map are what one gene adds to the input. ``None`` if the encoder knows nothing of the
     slide or the slide none of the genes.
     """
-    if statistics is None or not hasattr(statistics, "niche_map"):
+    if statistics is None or not hasattr(statistics, "gene_map"):
         return None
-    rows = statistics.niche_map[np.isin(statistics.genes, genes)]
+    rows = statistics.gene_map[np.isin(statistics.genes, genes)]
     total = unit_rows(rows).sum(axis=0)
     norm = float(np.linalg.norm(total))
     return (total * np.sqrt(len(total)) / norm).astype(np.float32) if norm > 0 else None

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from stalign._logging import logger
 from stalign._settings import settings
 from stalign._validate import check_positive
 from stalign.models._checkpoint import tensor_digest
+from stalign.models._gene_inputs import GeneInputs
 from stalign.models._network import STAlign
 from stalign.models.encoders._base import GeneEncoder, ImageEncoder
 from stalign.train._config import AugmentConfig
@@ -29,7 +30,7 @@ from stalign.train._data import EncodedSection, Section, initial_clusters
 from stalign.train._shards import CACHE, cached, digest_of_genes, row_blocks
 
 # Raised when what is computed here changes, so that older caches are not taken.
-_VERSION = 1
+_VERSION = 2
 _FEATURE_DTYPE = np.float16
 
 
@@ -104,10 +105,11 @@ class FrozenEncoders:
         return {name: self._image_key(name) for name in ("spot_image", "niche_image") if self.is_cacheable(name)}
 
     def is_cacheable(self, name: str) -> bool:
-        """Whether an image branch's encoder is frozen as a whole, and yields what the network takes for features."""
+        """Whether no gradient trains an image branch's encoder, and it yields what the network takes for features."""
         branch, encoder = self.model.branch(name), self.model.encoder(name)
-        trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        return branch.frozen and not trains and encoder.n_tokens is None
+        parameters = list(encoder.parameters())
+        fixed = not parameters or (branch.frozen and not any(parameter.requires_grad for parameter in parameters))
+        return fixed and encoder.n_tokens is None
 
     def _image_key(self, name: str) -> dict[str, Any]:
         branch, encoder = self.model.config.branch(name), self.model.encoder(name)
@@ -159,21 +161,19 @@ class FrozenEncoders:
 
     def _encode_genes(self, section: Section) -> dict[str, Any]:
         content = _checksums(section, "counts", "connectivities")
-        statistics: dict[str, Any] = {}
 
-        def fit() -> Mapping[str, Any]:
+        @cache
+        def inputs() -> GeneInputs:
             # Once for both encoders, and only where one of them is not cached.
-            if not statistics:
-                found = self.model.fit_genes(section.counts, connectivities=section.connectivities)
-                statistics.update(zip(("spot_gene", "niche_gene"), found, strict=True))
-            return statistics
+            statistics = self.model.fit_genes(section.counts, connectivities=section.connectivities)
+            return GeneInputs(self.model, section.counts.__getitem__, section.connectivities, statistics)
 
         keys = {name: {**key, "content": content} for name, key in self._gene_keys.items()}
         genes: dict[str, Any] = {}
         for name, key in keys.items():
             encoder = self.model.encoder(name)
             shape = (len(section), encoder.input_dim)
-            blocks = partial(self._gene_blocks, section, name, fit)
+            blocks = partial(self._gene_blocks, inputs, name, len(section))
             genes[name] = _kept(section, name, key, shape, np.float32, blocks)
         key = {"profile": keys["niche_gene"], "n_clusters": self.n_clusters, "seed": self.seed}
 
@@ -185,23 +185,15 @@ class FrozenEncoders:
         genes["clusters"] = _kept(section, "clusters", key, (len(section),), np.int64, clusters)
         return genes
 
-    def _gene_blocks(self, section: Section, name: str, fit: Callable[[], Mapping[str, Any]]) -> Iterator[np.ndarray]:
+    def _gene_blocks(self, inputs: Callable[[], GeneInputs], name: str, n_spots: int) -> Iterator[np.ndarray]:
         """Yield a gene encoder's input, some tens of megabytes at a time."""
         encoder: GeneEncoder = self.model.encoder(name)
-        statistics = fit()[name]
-        counts, graph = section.counts, section.connectivities
         # An encoder may run a network of its own here (scGPT does).
         with self._lent(encoder):
-            for rows in row_blocks(len(section), 4 * encoder.input_dim):
-                if name == "spot_gene":
-                    yield encoder.preprocess(counts[rows], statistics=statistics)
-                elif rows == slice(0, len(section)):
-                    yield encoder.preprocess(counts, connectivities=graph, statistics=statistics)
-                else:
-                    # The niches of these spots reach beyond them.
-                    niches = graph[rows]
-                    around = np.unique(niches.indices)
-                    yield encoder.preprocess(counts[around], connectivities=niches[:, around], statistics=statistics)
+            slide = inputs()
+            encode = slide.spots if name == "spot_gene" else slide.niches
+            for rows in row_blocks(n_spots, 4 * encoder.input_dim):
+                yield encode(np.arange(rows.start, rows.stop))
 
     def _encode_images(self, section: Section, name: str) -> Any:
         colour = None if section.colour is None else [values.astype(float).tolist() for values in section.colour]

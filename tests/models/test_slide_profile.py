@@ -7,7 +7,8 @@ import torch
 
 from stalign.genes import normalise_log1p
 from stalign.models.encoders import build_gene_encoder
-from stalign.models.encoders._slide_profile import _cut, _moments, _niche_moments, gene_table
+from stalign.models.encoders._kernels import learn_weights, smooth
+from stalign.models.encoders._slide_profile import STEPS, _cut, _moments, autocorrelation, gene_table
 
 GENES = tuple(f"G{i}" for i in range(200))
 
@@ -44,7 +45,7 @@ def test_niche_profiles_tell_the_layers_apart(encoder):
 def test_weights_prefer_genes_that_vary_over_tissue(encoder):
     counts, graph, _ = strip()
     slide = encoder.fit(counts, connectivities=graph)[0]
-    strength = np.linalg.norm(slide.niche_map, axis=1)
+    strength = np.linalg.norm(slide.gene_map, axis=1)
     assert strength[slide.genes < 60].mean() > 5 * strength[slide.genes >= 60].mean()
 
 
@@ -55,33 +56,69 @@ def test_profiles_are_centred_and_of_unit_scale(encoder):
     assert np.linalg.norm(profile, axis=1).mean() == pytest.approx(np.sqrt(64), rel=1e-4)
 
 
-def test_equals_the_formula_written_out_densely(encoder):
-    counts, graph, _ = strip(seed=2)
+def dense_profile(counts, graph, level, *, n_components=4, dim=64):
+    """The formula written out, given the weights of the steps; no gene is left out by `n_genes` here."""
     dense = normalise_log1p(counts).toarray().astype(np.float64)
     dense = np.minimum(dense, dense.mean(axis=0) + 10 * dense.std(axis=0))
-    niche = graph @ dense
-    noise = graph.multiply(graph).sum() / 120
-    weight = np.maximum(niche.var(axis=0) / dense.var(axis=0) - 1.5 * noise, 0)
-    scores = (niche - niche.mean(axis=0)) / niche.std(axis=0) * weight
-    components = np.linalg.svd(scores, full_matrices=False)[2][:4]
-    left, _, right = np.linalg.svd(components @ gene_table(200, 64, 0), full_matrices=False)
-    expected = scores @ components.T @ left @ right
-    expected *= 8 / np.linalg.norm(expected, axis=1).mean()
-    np.testing.assert_allclose(encoder.preprocess(counts, connectivities=graph), expected, atol=2e-2)
+    off = graph.toarray() - np.diag(graph.diagonal())
+    z = (dense - dense.mean(axis=0)) / dense.std(axis=0)
+    moran = (z * (off @ z)).sum(axis=0) / off.sum()
+    weight = np.maximum(moran - 1.5 * np.sqrt(((off + off.T) ** 2).sum() / 2) / off.sum(), 0)
+    encoder = build_gene_encoder("slide-profile", vocabulary=GENES, dim=dim, hidden=16, n_components=n_components)
+    slide = encoder.fit(counts, connectivities=graph)[0]
+    walks = [np.linalg.matrix_power(graph.toarray(), step) for step in STEPS]
+
+    def kernel(weights):
+        return sum(w * walk for w, walk in zip(weights / weights.sum(), walks, strict=True))
+
+    scaled = z * weight
+    smooth_z = kernel(slide.niche_weights) @ scaled
+    components = np.linalg.svd(smooth_z - smooth_z.mean(axis=0), full_matrices=False)[2][:n_components]
+    left, _, right = np.linalg.svd(components @ gene_table(200, dim, 0), full_matrices=False)
+    spread = kernel(slide.spot_weights if level == "spot" else slide.niche_weights) @ scaled @ components.T
+    profile = (spread - spread.mean(axis=0)) @ left @ right
+    return profile * np.sqrt(dim) / np.linalg.norm(profile, axis=1).mean()
+
+
+@pytest.mark.parametrize("level", ["spot", "niche"])
+def test_equals_the_formula_written_out_densely(encoder, level):
+    counts, graph, _ = strip(seed=2)
+    expected = dense_profile(counts, graph, level)
+    found = encoder.preprocess(counts, connectivities=graph, level=level)
+    np.testing.assert_allclose(found, expected, atol=2e-2)
 
 
 def test_distances_are_those_of_the_leading_components(encoder):
     counts, graph, _ = strip(seed=5)
-    dense = normalise_log1p(counts).toarray().astype(np.float64)
-    dense = np.minimum(dense, dense.mean(axis=0) + 10 * dense.std(axis=0))
-    niche = graph @ dense
-    weight = np.maximum(niche.var(axis=0) / dense.var(axis=0) - 1.5 * graph.multiply(graph).sum() / 120, 0)
-    scores = (niche - niche.mean(axis=0)) / niche.std(axis=0) * weight
-    left, size, _ = np.linalg.svd(scores, full_matrices=False)
-    expected = np.linalg.norm((left[0] - left[50])[:4] * size[:4])
-    profile = encoder.preprocess(counts, connectivities=graph)
-    factor = 8 / np.linalg.norm(left[:, :4] * size[:4], axis=1).mean()
-    assert np.linalg.norm(profile[0] - profile[50]) == pytest.approx(expected * factor, rel=1e-2)
+    statistics = encoder.fit(counts, connectivities=graph)
+    scores = encoder.reduce(counts, statistics=statistics)
+    spread = encoder.spread(scores, connectivities=graph, statistics=statistics, level="niche")
+    profile = encoder.preprocess(counts, connectivities=graph, statistics=statistics)
+    assert scores.shape == spread.shape == (120, 4)
+    expected = np.linalg.norm(spread[0] - spread[50])
+    assert np.linalg.norm(profile[0] - profile[50]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_deep_counts_are_averaged_less_than_shallow_ones(encoder):
+    rng = np.random.default_rng(0)
+    _, graph, layer = strip(n=600, seed=1)
+    # Structure finer than a niche: every other spot is of the other kind.
+    rate = np.where((np.arange(600) % 2 == 0)[:, None] == (np.arange(200) < 100)[None], 3.0, 1.0)
+    rate *= np.where((layer == 1)[:, None] & (np.arange(200) % 2 == 0)[None], 3.0, 1.0)
+    own = [
+        encoder.fit(sp.csr_matrix(rng.poisson(depth * rate).astype(np.float32)), connectivities=graph)[0].spot_weights
+        for depth in (20.0, 0.1)
+    ]
+    deep, shallow = (weights[0] / weights.sum() for weights in own)
+    assert deep > shallow + 0.2
+
+
+def test_genes_are_limited_to_the_most_spatial(encoder):
+    counts, graph, _ = strip()
+    few = build_gene_encoder("slide-profile", vocabulary=GENES, dim=64, n_components=4, n_genes=30)
+    slide = few.fit(counts, connectivities=graph)[0]
+    assert len(slide.genes) == 30
+    assert (slide.genes < 60).all()
 
 
 def test_order_of_spots_is_irrelevant(encoder):
@@ -154,30 +191,18 @@ def test_statistics_of_a_sample_do_not_depend_on_the_order_of_rows():
     np.testing.assert_allclose(shuffled, whole[order], atol=1e-3)
 
 
-def test_a_block_of_niches_is_as_in_the_whole(encoder):
+def test_spots_are_reduced_each_by_itself(encoder):
     counts, graph, _ = strip(seed=6)
     statistics = encoder.fit(counts, connectivities=graph)
-    niches = encoder.preprocess(counts, connectivities=graph, statistics=statistics)
-    spots = encoder.preprocess(counts, statistics=statistics)
     rows = np.array([17, 3, 60])
-    near = np.unique(graph[rows].indices)
-    block = encoder.preprocess(counts[near], connectivities=graph[rows][:, near], statistics=statistics)
-    np.testing.assert_allclose(block, niches[rows], atol=1e-4)
-    np.testing.assert_allclose(encoder.preprocess(counts[rows], statistics=statistics), spots[rows], atol=1e-4)
-
-
-def test_statistics_of_niches_with_their_spots(encoder):
-    counts, graph, _ = strip(n=300, seed=7)
-    inner = np.arange(4, 296)
-    first = encoder.fit(counts, connectivities=graph[inner])[0]
-    whole = encoder.fit(counts, connectivities=graph)[0]
-    assert first.niche_map.shape[1] == whole.niche_map.shape[1] == 64
-    common = np.intersect1d(first.genes, whole.genes)
-    assert len(common) > 50
+    whole = encoder.reduce(counts, statistics=statistics)
+    np.testing.assert_allclose(encoder.reduce(counts[rows], statistics=statistics), whole[rows], atol=1e-5)
+    part = encoder.expand(whole[rows], statistics=statistics)
+    np.testing.assert_allclose(part, encoder.expand(whole, statistics=statistics)[rows], atol=1e-5)
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 0.5, 1.0])
-def test_niche_moments_are_those_of_the_niche_means(monkeypatch, dense_above):
+def test_autocorrelation_is_morans_index(monkeypatch, dense_above):
     from stalign.models.encoders import _slide_profile
 
     monkeypatch.setattr(_slide_profile, "_DENSE", dense_above)
@@ -186,12 +211,29 @@ def test_niche_moments_are_those_of_the_niche_means(monkeypatch, dense_above):
     counts.data[np.random.default_rng(0).random(counts.nnz) < 0.5] = 0
     counts.eliminate_zeros()
     expression = normalise_log1p(counts)
-    niches = (graph @ expression).toarray().astype(np.float64)
-    mean, sd = _niche_moments(graph, expression)
-    np.testing.assert_allclose(mean, niches.mean(axis=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(sd, niches.std(axis=0), rtol=1e-4, atol=1e-5)
-    mean, sd = _moments(expression)
-    np.testing.assert_allclose(sd, expression.toarray().std(axis=0), rtol=1e-4)
+    dense = expression.toarray().astype(np.float64)
+    off = graph.toarray() - np.diag(graph.diagonal())
+    z = (dense - dense.mean(axis=0)) / dense.std(axis=0)
+    found, error = autocorrelation(graph.astype(np.float32), expression)
+    np.testing.assert_allclose(found, (z * (off @ z)).sum(axis=0) / off.sum(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(error, np.sqrt(((off + off.T) ** 2).sum() / 2) / off.sum(), rtol=1e-5)
+    _, sd = _moments(expression)
+    np.testing.assert_allclose(sd, dense.std(axis=0), rtol=1e-4)
+
+
+def test_autocorrelation_without_neighbours_is_zero():
+    counts, _, _ = strip()
+    found, error = autocorrelation(sp.identity(120, format="csr", dtype=np.float32), normalise_log1p(counts))
+    assert not found.any()
+    assert not error.any()
+
+
+def test_standard_error_covers_genes_that_are_not_spatial():
+    _, graph, _ = strip(n=600)
+    noise = sp.csr_matrix(np.random.default_rng(0).poisson(2.0, (600, 200)).astype(np.float32))
+    found, error = autocorrelation(graph.astype(np.float32), normalise_log1p(noise))
+    # Two standard errors leave about one in 44 on each side.
+    assert 0 < (found > 2 * error).mean() < 0.05
 
 
 def test_cut_leaves_the_input_alone():
@@ -214,3 +256,29 @@ def test_forward_is_residual(encoder):
     torch.nn.init.zeros_(encoder.adapter[-1].weight)
     torch.nn.init.zeros_(encoder.adapter[-1].bias)
     assert torch.equal(encoder(values), values)
+
+
+def test_smoothing_is_a_weighted_sum_of_walks():
+    _, graph, _ = strip()
+    values = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
+    dense = graph.toarray()
+    expected = 0.5 * values + 0.25 * np.linalg.matrix_power(dense, 4) @ values
+    found = smooth(graph.astype(np.float32), values, STEPS, [0.5, 0, 0, 0.25, 0])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.dtype == np.float32
+    assert not smooth(graph, values, STEPS, [0.0] * 5).any()
+
+
+def test_learned_weights_find_the_kernel():
+    _, graph, _ = strip()
+    values = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
+    target = smooth(graph.astype(np.float32), values, STEPS, [0.3, 0, 0.7, 0, 0])
+    found = learn_weights(graph.astype(np.float32), values, 5 * target, STEPS)
+    np.testing.assert_allclose(found, [0.3, 0, 0.7, 0, 0], atol=1e-2)
+
+
+def test_weights_of_an_unpredictable_target_stay_at_the_shortest_step():
+    _, graph, _ = strip()
+    values = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
+    np.testing.assert_allclose(learn_weights(graph.astype(np.float32), values, -values, STEPS), [1, 0, 0, 0, 0])
+    np.testing.assert_allclose(learn_weights(graph.astype(np.float32), 0 * values, values, STEPS), [1, 0, 0, 0, 0])

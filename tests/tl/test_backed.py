@@ -172,7 +172,7 @@ def test_another_key_has_a_store_of_its_own(file, tiny_folder, make_tiny):
     adata = embed(backed(file), tiny_folder)
     embed(adata, make_tiny(2), key_added="X_other")
     assert (file.with_name("slide.X_other.zarr")).is_dir()
-    assert np.abs(np.asarray(adata.obsm["X_other"]) - np.asarray(adata.obsm["X_stalign"])).max() > 1e-3
+    assert np.abs(np.asarray(adata.obsm["X_other_image"]) - np.asarray(adata.obsm["X_stalign_image"])).max() > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["r", "r+"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -115,6 +115,17 @@ class ImageEncoder(Encoder):
         )
         return images.sub_(mean).div_(std)
 
+    def learn(self, patches: Sequence[torch.Tensor], *, seed: int) -> None:
+        """Learn from patches with no labels what no gradient trains; nothing by default.
+
+        Parameters
+        ----------
+        patches
+            (n, 3, height, width) float32 of each slide, from :meth:`preprocess`.
+        seed
+            Of what is drawn.
+        """
+
     @property
     def backbone(self) -> nn.Module:
         """The part that a file of pretrained weights fills."""
@@ -133,8 +144,15 @@ class ImageEncoder(Encoder):
         """Map (n, 3, height, width) to (n, dim), or to (n, n_tokens, dim)."""
 
 
+Level = Literal["spot", "niche"]
+
+
 class GeneEncoder(Encoder):
     """Base of the gene encoders.
+
+    An input comes from the counts of a spot or of its niche (:meth:`preprocess`). Where it needs more of the slide
+    than that (``spreads``), a slide goes through three steps: :meth:`reduce` the counts of each spot to few numbers,
+    :meth:`spread` them over the niche graph, the whole slide at once, and :meth:`expand` them to inputs.
 
     Parameters
     ----------
@@ -145,6 +163,8 @@ class GeneEncoder(Encoder):
     input_dim: int
     runs_network: bool = False
     """Whether :meth:`preprocess` runs a network, which wants the device, and the thread, of the forward passes."""
+    spreads: bool = False
+    """Whether an input needs more of the slide than the counts of a spot, or of its niche."""
 
     def __init__(self, *, vocabulary: Sequence[str] = ()) -> None:
         super().__init__()
@@ -161,8 +181,7 @@ class GeneEncoder(Encoder):
         Parameters
         ----------
         counts, connectivities, library
-            As in :meth:`preprocess`. Of a slide alone, ``connectivities`` may be (k, n): a sample of k niches with
-            the counts of their n spots.
+            As in :meth:`preprocess`, of whole slides, or of samples of them.
         """
         return None
 
@@ -194,6 +213,42 @@ class GeneEncoder(Encoder):
         (n, input_dim) float32, (m, input_dim) with niches of m spots. A row does not depend on which others are asked
         for, given ``statistics``.
         """
+
+    def reduce(self, counts: csr_matrix, *, statistics: Any) -> np.ndarray:
+        """Turn raw counts of some spots of a slide into (n, r) float32, each spot by itself.
+
+        Parameters
+        ----------
+        counts
+            (n, n_vocabulary) raw counts.
+        statistics
+            What :meth:`fit` returned for this slide.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no slides to spread.")
+
+    def spread(self, scores: np.ndarray, *, connectivities: csr_matrix, statistics: Any, level: Level) -> np.ndarray:
+        """Average what :meth:`reduce` returned for all spots of a slide over its niche graph.
+
+        Parameters
+        ----------
+        scores
+            (n, r).
+        connectivities
+            (n, n) row-stochastic niche graph.
+        statistics
+            As in :meth:`reduce`.
+        level
+            Whether spots or niches are to be described.
+
+        Returns
+        -------
+        (n, r) float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no slides to spread.")
+
+    def expand(self, scores: np.ndarray, *, statistics: Any) -> np.ndarray:
+        """Turn some rows of what :meth:`spread` returned into the encoder's (m, input_dim) float32 input."""
+        raise NotImplementedError(f"{type(self).__name__} has no slides to spread.")
 
     def prompt(self, gene_index: np.ndarray) -> np.ndarray:
         """Return the (input_dim,) float32 input that stands for "the genes at these places are high"."""
