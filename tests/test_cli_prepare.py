@@ -119,7 +119,7 @@ def test_a_config_is_prepared_and_encoded(run, slides, tmp_path, monkeypatch):
         n_neighbors = 6
         width = 8
         n_tokens = 2
-        niche_bypass = false
+        bypass = false
         spot_patch = {um = 100.0, pixels = 8}
         niche_patch = {um = 200.0, pixels = 12}
         spot_image = {encoder = "timm", args = {model = "resnet10t", model_args = {channels = [8, 8, 8, 8]}}}

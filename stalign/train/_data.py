@@ -167,8 +167,8 @@ class Batch(NamedTuple):
     ----------
     library
         Names of the slides, joined by commas.
-    profile
-        (n, input_dim) of the niches, without noise.
+    spot_profile, niche_profile
+        (n, input_dim) of the spots and of their niches, without noise.
     clusters
         (n,) int64; numbers of different slides mean different things.
     slides
@@ -180,7 +180,8 @@ class Batch(NamedTuple):
     """
 
     library: str
-    profile: torch.Tensor
+    spot_profile: torch.Tensor
+    niche_profile: torch.Tensor
     clusters: torch.Tensor
     slides: torch.Tensor
     spot_gene: torch.Tensor | None
@@ -331,20 +332,20 @@ class Batches(IterableDataset):
         rng = np.random.default_rng([self.seed, step])
         draw = self._draw(step, rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        profile = torch.from_numpy(draw.read("niche_gene"))
+        spot, niche = (torch.from_numpy(draw.read(name)) for name in ("spot_gene", "niche_gene"))
         noise = self.augment.gene_noise
-        spot = torch.from_numpy(draw.read("spot_gene"))
         # A niche mean is known better than its spots, hence half the noise.
         inputs = {
             "spot_gene": _add_noise(spot, noise, draw, generator),
-            "niche_gene": _add_noise(profile, noise / 2, draw, generator),
+            "niche_gene": _add_noise(niche, noise / 2, draw, generator),
             "spot_image": self._images(draw, "spot", rng, generator),
             "niche_image": self._images(draw, "niche", rng, generator),
         }
         absent = self._left_out(draw.parts[0].section, rng)
         return Batch(
             library=", ".join(part.section.name for part in draw.parts),
-            profile=profile,
+            spot_profile=spot,
+            niche_profile=niche,
             clusters=torch.from_numpy(draw.read("clusters")),
             slides=torch.from_numpy(draw.slides[draw.mine]),
             **{name: None if name.endswith(absent) else x for name, x in inputs.items()},

@@ -121,7 +121,7 @@ class Alignment(lightning.LightningModule):
             around = _Neighbourhood(batch, self.objective.negatives, generator)
             terms = self.alignment_terms(output, around)
             if self.objective.structure:
-                terms["structure"] = self.objective.structure * self._structure(output, batch.profile, around)
+                terms["structure"] = self.objective.structure * self._structure(output, batch, around)
         if self.objective.structure and self.objective.rotated:
             weight = self.objective.structure * self.objective.rotated
             terms["rotated"] = weight * self._rotated_structure(batch, around, generator)
@@ -174,20 +174,19 @@ class Alignment(lightning.LightningModule):
         loss = towards(query, key)
         return (loss + towards(key, query)) / 2 if self.objective.symmetric else loss
 
-    def _structure(self, output: STAlignOutput, profile: torch.Tensor, around: _Neighbourhood) -> torch.Tensor:
+    def _structure(self, output: STAlignOutput, batch: Batch, around: _Neighbourhood) -> torch.Tensor:
         if output.spot is None or output.niche is None:
             raise ValueError("The structure term needs both fused embeddings.")
         unit = self.model.config.unit_fused
-        whole = gather_rows(profile)
         losses = [
             structure_loss(
                 embedding.float(),
                 profile,
                 unit=unit,
-                against=None if world().size == 1 else (gather_rows(embedding.float()), whole),
+                against=None if world().size == 1 else (gather_rows(embedding.float()), gather_rows(profile)),
                 mask=around.same_slide,
             )
-            for embedding in (output.spot, output.niche)
+            for embedding, profile in ((output.spot, batch.spot_profile), (output.niche, batch.niche_profile))
         ]
         loss = losses[0] + losses[1]
         return loss if around.weight == 1.0 else around.weight * loss
@@ -197,17 +196,17 @@ class Alignment(lightning.LightningModule):
 
         An image that has nothing to do with the genes must not bend their geometry.
         """
-        rotation = random_rotation(batch.profile.shape[1], generator).to(batch.profile)
-        spot = batch.profile if batch.spot_gene is None else batch.spot_gene
+        rotation = random_rotation(batch.niche_profile.shape[1], generator).to(batch.niche_profile)
+        spot = batch.spot_profile if batch.spot_gene is None else batch.spot_gene
         with_image = bool(torch.rand((), generator=generator) < 0.5)
         output = self.model(
             spot_image=batch.spot_image if with_image else None,
             spot_gene=spot @ rotation,
             niche_image=batch.niche_image if with_image else None,
-            niche_gene=batch.profile @ rotation,
+            niche_gene=batch.niche_profile @ rotation,
         )
         with self._full_precision():
-            return self._structure(output, batch.profile, around)
+            return self._structure(output, batch, around)
 
     # -- optimiser ---------------------------------------------------------------------------------------------------
 

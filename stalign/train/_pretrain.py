@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from stalign._logging import logger
@@ -18,10 +19,12 @@ from stalign.models._config import BRANCHES
 from stalign.models._folder import CONFIG as MODEL_CONFIG
 from stalign.models._network import STAlign
 from stalign.models._registry import config as model_config
+from stalign.models.encoders._base import ImageEncoder
 from stalign.models.encoders._registry import find_image_encoder
 from stalign.train._config import PretrainConfig
 from stalign.train._data import Batches, EncodedSection, Section
 from stalign.train._distributed import World, launched_world, wait_for_all
+from stalign.train._familiarity import fit_model_familiarity
 from stalign.train._features import encode_sections
 from stalign.train._files import disk_full_named, read_state, write_text
 from stalign.train._fit import import_lightning, make_trainer, run_steps
@@ -234,7 +237,9 @@ def _check_pretrained(model: STAlign) -> None:
 def encode_cohort(
     config: PretrainConfig, model: STAlign, cohort: Cohort
 ) -> tuple[list[EncodedSection], list[EncodedSection]]:
-    """Run the frozen encoders over all sections, or find what they made before; processes share the work.
+    """Let encoders learn from patches alone, then run the frozen ones over all sections; processes share the work.
+
+    What they made before of the same patches, with the same weights, is found again.
 
     Parameters
     ----------
@@ -249,6 +254,7 @@ def encode_cohort(
     -------
     The encoded training sections, and those of the validation.
     """
+    learn_encoders(model, cohort.train, seed=config.seed)
     rank, size = launched_world()
     options: dict[str, Any] = {"n_clusters": config.objective.n_clusters, "seed": config.seed}
     frozen_device = _encoder_device(rank)
@@ -268,6 +274,36 @@ def encode_cohort(
         held_out = encode_sections(model, cohort.validation, **options)
     wait_for_all()
     return encoded, held_out
+
+
+# Patches of each section from which image encoders learn.
+_LEARNED_PATCHES = 512
+
+
+def learn_encoders(model: STAlign, sections: Sequence[Section], *, seed: int) -> None:
+    """Let the image encoders learn from patches alone what they can; see :meth:`ImageEncoder.learn`.
+
+    Parameters
+    ----------
+    model
+        The network.
+    sections
+        Training sections; of each with an image, patches spread over it are taken, as many of a large one as of a
+        small one.
+    seed
+        Of what is drawn.
+    """
+    imaged = [section for section in sections if section.has_image]
+    for name in ("spot_image", "niche_image"):
+        encoder = model.encoder(name)
+        if type(encoder).learn is ImageEncoder.learn:
+            continue
+        patches = []
+        for section in imaged:
+            rows = np.unique(np.linspace(0, len(section) - 1, _LEARNED_PATCHES).round().astype(np.intp))
+            colour = section.colour if model.config.colour == "library" else None
+            patches.append(encoder.preprocess(np.array(getattr(section, name)[rows]), colour=colour))
+        encoder.learn(patches, seed=seed)
 
 
 def _encoder_device(rank: int) -> str | None:
@@ -430,6 +466,7 @@ def _final_model(config: PretrainConfig, model: STAlign, checkpoints: Checkpoint
 def _finish(config: PretrainConfig, model: STAlign, cohort: Cohort, encoded: Sequence[EncodedSection]) -> None:
     out = Path(config.out).expanduser()
     model = fit_prediction(model, encoded, config.prediction)
+    model = fit_model_familiarity(model, cohort.train, config.familiarity)
     with disk_full_named(out):
         model.save(out, dtype=config.network.dtype, card=_card(config, cohort.train), overwrite=True)
     write_text(out / LOG, (run_folder(config) / LOG).read_text(encoding="utf-8"))

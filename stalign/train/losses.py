@@ -42,6 +42,7 @@ def info_nce(
     Examples
     --------
     >>> import torch
+    >>> from stalign.train.losses import info_nce
     >>> x = torch.eye(3)
     >>> float(info_nce(x, x)) < 1e-3
     True
@@ -91,6 +92,13 @@ def negative_mask(
     Returns
     -------
     (n, n) bool; row i marks the negatives of spot i. The diagonal is False.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stalign.train.losses import negative_mask
+    >>> negative_mask(torch.tensor([0, 0, 1])).tolist()
+    [[False, False, True], [False, False, True], [True, True, False]]
     """
     check_choice("negatives", mode, NEGATIVES)
     n = len(clusters)
@@ -138,6 +146,20 @@ def masked_info_nce(
     Returns
     -------
     Scalar: the mean over the queries.
+
+    Raises
+    ------
+    ValueError
+        If the mask has another shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stalign.train.losses import masked_info_nce, negative_mask
+    >>> embedding = torch.eye(3)
+    >>> loss = masked_info_nce(embedding, embedding, negative_mask(torch.tensor([0, 0, 1])))
+    >>> bool(loss < 0.001)
+    True
     """
     if mask.shape != (len(query), len(key)):
         raise ValueError(f"mask must be (n, m) = ({len(query)}, {len(key)}), got {tuple(mask.shape)}.")
@@ -164,7 +186,7 @@ def structure_loss(
     embedding
         (n, d) output of the network.
     profile
-        (n, p) niche expression profiles of the same spots, with a mean norm of sqrt(p).
+        (n, p) expression profiles of the same spots, or niches, with a mean norm of sqrt(p).
     unit
         Compare cosines. Otherwise inner products, so that lengths are kept, too; a profile of mean norm then asks for
         an embedding of norm one.
@@ -176,6 +198,14 @@ def structure_loss(
     Returns
     -------
     Scalar: the mean over the pairs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stalign.train.losses import structure_loss
+    >>> profile = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> bool(structure_loss(3 * profile, profile) < 1e-6)
+    True
     """
 
     def scale(values: torch.Tensor, norm: float) -> torch.Tensor:

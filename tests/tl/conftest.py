@@ -42,7 +42,10 @@ def markers() -> dict[str, list[str]]:
 @pytest.fixture(scope="session")
 def make_tiny(genes) -> Callable[..., models.STAlign]:
     """The bundled model's architecture, small and untrained; the same seed gives the same weights."""
-    image = {"args": {"model_args": {"channels": [8, 8, 8, 8], "stem_width": 4}}}
+    image = {
+        "encoder": "colour-cnn",
+        "args": {"model": "resnet10t", "model_args": {"channels": [8, 8, 8, 8], "stem_width": 4}},
+    }
     gene = {"args": {"dim": 64, "hidden": 16, "n_components": 8}}
     changes = {
         "name": "tiny",

@@ -60,7 +60,7 @@ def test_a_step_depends_on_seed_and_number_alone(sections):
     list(first)
     for step in (0, 7):
         assert torch.equal(first.batch(step).spot_gene, again.batch(step).spot_gene)
-    assert not torch.equal(first.batch(0).profile, first.batch(1).profile)
+    assert not torch.equal(first.batch(0).niche_profile, first.batch(1).niche_profile)
 
 
 def test_a_batch_is_one_slide_and_no_image_is_none(sections):
@@ -259,7 +259,7 @@ def test_features_take_the_place_of_pixels_a_view_at_random(sections):
     stream.sections = [with_features(section) for section in sections[:2]]
     views = set()
     for batch in stream:
-        rows = (batch.profile[:, 0] / 5).long()
+        rows = (batch.niche_profile[:, 0] / 5).long()
         assert batch.niche_image.dtype == torch.float32
         assert torch.equal(batch.niche_image[:, 0].long(), rows)
         views.update(batch.niche_image[:, 1].long().tolist())
@@ -283,7 +283,7 @@ def test_the_spots_of_a_step_do_not_change(sections):
     """What a seed stands for: the draws that the bundled model was trained with."""
     stream = batches(sections, augment=AugmentConfig())
     drawn = [
-        (b.library, int((b.profile[:, 0] / 5).sum()), round(float(b.spot_gene.sum()), 2))
+        (b.library, int((b.niche_profile[:, 0] / 5).sum()), round(float(b.spot_gene.sum()), 2))
         for b in map(stream.batch, range(4))
     ]
     assert drawn == [("b", 358, 9088.28), ("c", 362, 9183.34), ("a", 354, 8987.72), ("c", 370, 9386.67)]

@@ -45,7 +45,7 @@ def make_model(*, frozen: tuple[str, ...] = ("niche_image",), gene=None, seed: i
         niche_gene=gene,
         fusion={"heads": 2, "head_dim": 8, "hidden": 8},
         heads={"hidden": 16, "out": 16},
-        niche_bypass=False,
+        bypass=False,
     )
     return STAlign(config.updated(changes), genes=GENES).train()
 

@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_names_the_library(train, monkeypatch):
 
     def batch(self, step):
         found = original(self, step)
-        return found._replace(profile=found.profile * float("nan")) if step == 4 else found
+        return found._replace(niche_profile=found.niche_profile * float("nan")) if step == 4 else found
 
     monkeypatch.setattr(Batches, "batch", batch)
     with pytest.raises(FloatingPointError, match=r"The loss is nan at step 4, on a batch of library '[abc]'"):

@@ -116,6 +116,7 @@ IMAGE_ENCODERS: dict[str, EncoderEntry] = {
     ),
     "timm": EncoderEntry("stalign.models.encoders._timm:TimmEncoder"),
     "colour-cnn": EncoderEntry("stalign.models.encoders._colour_cnn:ColourCNN"),
+    "filter-bank": EncoderEntry("stalign.models.encoders._filter_bank:FilterBank"),
 }
 
 GENE_ENCODERS: dict[str, EncoderEntry] = {
@@ -183,10 +184,20 @@ def build_image_encoder(name: str, **args: Any) -> ImageEncoder:
     **args
         Arguments of the encoder.
 
+    Returns
+    -------
+    The encoder, in training mode.
+
     Raises
     ------
     ValueError
         For an unknown name or argument, with the nearest known one.
+
+    Examples
+    --------
+    >>> from stalign.models.encoders import build_image_encoder
+    >>> build_image_encoder("resnet50-small", dim=64).dim
+    64
     """
     encoder = _make(name, find_image_encoder(name), args)
     if not isinstance(encoder, ImageEncoder):
@@ -197,10 +208,29 @@ def build_image_encoder(name: str, **args: Any) -> ImageEncoder:
 def build_gene_encoder(name: str, *, vocabulary: Sequence[str] = (), **args: Any) -> GeneEncoder:
     """Make a gene encoder with *untrained* weights for a vocabulary of gene symbols.
 
+    Parameters
+    ----------
+    name
+        A name of the registry.
+    vocabulary
+        Gene symbols, in the order of the columns of the counts.
+    **args
+        Arguments of the encoder.
+
+    Returns
+    -------
+    The encoder, in training mode.
+
     Raises
     ------
     ValueError
         For an unknown name or argument, with the nearest known one.
+
+    Examples
+    --------
+    >>> from stalign.models.encoders import build_gene_encoder
+    >>> build_gene_encoder("slide-profile", vocabulary=["ERBB2", "CD3E", "EPCAM"], dim=16).dim
+    16
     """
     encoder = _make(name, find_gene_encoder(name), {**args, "vocabulary": tuple(vocabulary)})
     if not isinstance(encoder, GeneEncoder):
