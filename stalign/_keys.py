@@ -16,6 +16,8 @@ class Key:
         ANNOTATION_SCORE: Final = "stalign_annotation_score"
         PREDICTED: Final = "stalign_predicted"
         PREDICTED_SD: Final = "stalign_predicted_sd"
+        PREDICTED_LOWER: Final = "stalign_predicted_lower"
+        PREDICTED_UPPER: Final = "stalign_predicted_upper"
 
     class obs:
         ARRAY_ROW: Final = "array_row"
@@ -40,8 +42,16 @@ class Key:
         DOMAINS: Final = "domains"
         ANNOTATION: Final = "annotation"
         PREDICTION: Final = "prediction"
+        QUALITY: Final = "quality"
+        CALIBRATION: Final = "calibration"
 
     NICHE: Final = "niche"
+    QUALITY: Final = "stalign"
+
+    @staticmethod
+    def quality(what: str, key_added: str = "stalign") -> str:
+        """``obs`` name of one result of :func:`stalign.tl.quality`."""
+        return f"{key_added}_{what}"
 
     @staticmethod
     def connectivities(key_added: str = "niche") -> str:

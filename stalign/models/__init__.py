@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stalign.models._config import (
     BranchConfig,
+    FamiliarityConfig,
     FusionConfig,
     Geometry,
     HeadsConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "ABFN",
     "Available",
     "BranchConfig",
+    "FamiliarityConfig",
     "FusionConfig",
     "Geometry",
     "HeadsConfig",

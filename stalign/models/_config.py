@@ -220,17 +220,41 @@ class HeadsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PredictionConfig:
-    """The head that maps the aligned embeddings in ``inputs`` to the expression of ``n_genes`` vocabulary genes."""
+    """The head that maps the aligned embeddings in ``inputs`` to the expression of ``n_genes`` vocabulary genes.
+
+    ``levels`` are the coverages, ascending, whose intervals' half-widths are stored with it.
+    """
 
     n_genes: int
     inputs: tuple[str, ...] = ("spot_image", "niche_image")
     hidden: int | None = None
+    levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive("n_genes", self.n_genes, integer=True)
         object.__setattr__(self, "inputs", check_choices("inputs", self.inputs, (*BRANCHES, "spot", "niche")))
         if self.hidden is not None:
             check_positive("hidden", self.hidden, integer=True)
+        for level in self.levels:
+            _check_share("levels", level)
+        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
+        if list(self.levels) != sorted(set(self.levels)) or len(self.levels) == 1:
+            raise ValueError(f"levels must be two or more ascending coverages, or none; got {list(self.levels)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FamiliarityConfig:
+    """Statistics of the training spots: ``n_genes`` genes (0 for none), their components, and whether of pixels too."""
+
+    n_genes: int
+    n_components: int = 16
+    image: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_genes, bool) or not isinstance(self.n_genes, int) or self.n_genes < 0:
+            raise ValueError(f"n_genes must be an integer >= 0, got {self.n_genes!r}.")
+        check_positive("n_components", self.n_components, integer=True)
+        _check_bool("image", self.image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +268,8 @@ class ModelConfig:
     ``"library"``, those of the slide's spot patches, which takes most of the difference between stainings away.
 
     ``unit_fused`` says whether the fused embeddings are scaled to unit norm, as those of a purely contrastive model
-    should be; a model that was trained to keep distances leaves their length as it is. ``niche_bypass`` adds the niche
-    gene encoder's input to the fused niche embedding, so that the network learns what to add to it.
+    should be; a model that was trained to keep distances leaves their length as it is. ``bypass`` adds the gene
+    encoders' inputs to the fused embeddings of spot and niche, so that the network learns what to add to them.
 
     Examples
     --------
@@ -269,8 +293,9 @@ class ModelConfig:
     missing: Missing = "single"
     colour: Colour = "fixed"
     unit_fused: bool = True
-    niche_bypass: bool = False
+    bypass: bool = False
     prediction: PredictionConfig | None = None
+    familiarity: FamiliarityConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -281,7 +306,7 @@ class ModelConfig:
         check_choice("missing", self.missing, get_args(Missing))
         check_choice("colour", self.colour, get_args(Colour))
         _check_bool("unit_fused", self.unit_fused)
-        _check_bool("niche_bypass", self.niche_bypass)
+        _check_bool("bypass", self.bypass)
         if self.width % 2:
             raise ValueError(f"width must be even, since the fusion network joins two halves; got {self.width}.")
         tokens = set(self.prediction.inputs if self.prediction is not None else ()) & {"niche_image", "niche_gene"}

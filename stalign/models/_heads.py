@@ -44,7 +44,9 @@ class GenePrediction(nn.Module):
 
     Buffers, saved with the weights: ``gene_index`` (n_genes,), the predicted genes' places in the vocabulary;
     ``mean`` and ``scale`` (n_genes,), location and spread of the training expression; ``sd`` (n_genes,), the spread of
-    the residuals on held-out slides; ``centre`` (dim · inputs,), the mean features of the training slides.
+    the residuals on held-out slides; ``centre`` (dim · inputs,), the mean features of the training slides;
+    ``half_widths`` (levels, n_genes), where the config names levels: conformal quantiles of the absolute residuals on
+    held-out patients.
     """
 
     gene_index: torch.Tensor
@@ -52,6 +54,7 @@ class GenePrediction(nn.Module):
     scale: torch.Tensor
     sd: torch.Tensor
     centre: torch.Tensor
+    half_widths: torch.Tensor
 
     def __init__(self, dim: int, config: PredictionConfig) -> None:
         super().__init__()
@@ -67,6 +70,9 @@ class GenePrediction(nn.Module):
         self.register_buffer("scale", torch.ones(config.n_genes))
         self.register_buffer("sd", torch.zeros(config.n_genes))
         self.register_buffer("centre", torch.zeros(dim))
+        self.levels = config.levels
+        if config.levels:
+            self.register_buffer("half_widths", torch.zeros(len(config.levels), config.n_genes))
 
     def features(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
         """Join the embeddings named in ``inputs``, each (n, dim), scaled to unit norm."""

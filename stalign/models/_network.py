@@ -13,7 +13,9 @@ from torch import nn
 from stalign._logging import logger
 from stalign._validate import check_choice, listing
 from stalign.models._config import BRANCHES, BranchConfig, Geometry, ModelConfig, Provenance
+from stalign.models._familiarity import Familiarity
 from stalign.models._fusion import ABFN
+from stalign.models._gene_inputs import GeneInputs
 from stalign.models._heads import GenePrediction, ProjectionHead
 from stalign.models._tokens import build_tokens
 from stalign.models.encoders._base import GeneEncoder, ImageEncoder
@@ -176,7 +178,7 @@ class STAlign(nn.Module):
         self.heads = nn.ModuleDict(
             {name: ProjectionHead(config.n_tokens, config.width, config.heads) for name in with_head}
         )
-        if config.niche_bypass:
+        if config.bypass:
             self._start_at_bypass()
         self.missing_tokens = nn.ParameterDict()
         if config.missing == "tokens":
@@ -188,6 +190,7 @@ class STAlign(nn.Module):
                 f"config.prediction.n_genes is {config.prediction.n_genes}, "  # type: ignore[union-attr]
                 f"but the vocabulary has {len(self.genes)} genes."
             )
+        self.familiarity = None if config.familiarity is None else Familiarity(config.familiarity)
         self.provenance = Provenance(name=config.name)
         self.card: ModelCard | None = None
 
@@ -243,12 +246,18 @@ class STAlign(nn.Module):
         -------
         (n, input_dim) float32 of the spots, and of the niches.
         """
-        spot_statistics, niche_statistics = self.fit_genes(counts, connectivities=connectivities, library=library)
-        spot, niche = self.encoder("spot_gene"), self.encoder("niche_gene")
-        return (
-            spot.preprocess(counts, library=library, statistics=spot_statistics),
-            niche.preprocess(counts, connectivities=connectivities, library=library, statistics=niche_statistics),
+        library = np.zeros(counts.shape[0], dtype=np.intp) if library is None else library
+        spot, niche = (
+            np.empty((counts.shape[0], self.encoder(name).input_dim), dtype=np.float32)
+            for name in ("spot_gene", "niche_gene")
         )
+        for code in np.unique(library):
+            rows = np.flatnonzero(library == code)
+            slide, graph = counts[rows], connectivities[rows][:, rows]
+            statistics = self.fit_genes(slide, connectivities=graph)
+            inputs = GeneInputs(self, slide.__getitem__, graph, statistics)
+            spot[rows], niche[rows] = inputs(np.arange(len(rows)))
+        return spot, niche
 
     def fit_genes(
         self, counts: csr_matrix, *, connectivities: csr_matrix, library: np.ndarray | None = None
@@ -314,13 +323,13 @@ class STAlign(nn.Module):
                 name: None if t is None else self.heads[name](t) if name in self.heads else t
                 for name, t in tokens.items()
             },
-            spot=self._fuse("spot", tokens),
+            spot=self._bypass(self._fuse("spot", tokens), spot_gene),
             niche=self._bypass(self._fuse("niche", tokens), niche_gene),
         )
 
     def _bypass(self, fused: torch.Tensor | None, profile: torch.Tensor | None) -> torch.Tensor | None:
-        """Add the niche profile, whose mean norm is the square root of its width, at a mean norm of one."""
-        if fused is None or profile is None or not self.config.niche_bypass:
+        """Add the gene encoder's input, whose mean norm is the square root of its width, at a mean norm of one."""
+        if fused is None or profile is None or not self.config.bypass:
             return fused
         return fused + profile.to(fused.dtype) / profile.shape[1] ** 0.5
 
@@ -334,14 +343,15 @@ class STAlign(nn.Module):
         return self.heads[scale](fusion(image, gene))
 
     def _start_at_bypass(self) -> None:
-        """Let the fused niche embedding start as the niche profile: the last layers of its head are zero."""
-        dim = self.encoder("niche_gene").input_dim
-        if self.config.heads.out != dim:
-            raise ValueError(
-                f"config.niche_bypass needs heads.out ({self.config.heads.out}) to equal the width of the niche gene "
-                f"encoder's input ({dim})."
-            )
-        cast("ProjectionHead", self.heads["niche"]).start_at_zero()
+        """Let the fused embeddings start as the gene encoders' inputs: the last layers of their heads are zero."""
+        for scale in ("spot", "niche"):
+            dim = self.encoder(f"{scale}_gene").input_dim
+            if self.config.heads.out != dim:
+                raise ValueError(
+                    f"config.bypass needs heads.out ({self.config.heads.out}) to equal the width of the {scale} gene "
+                    f"encoder's input ({dim})."
+                )
+            cast("ProjectionHead", self.heads[scale]).start_at_zero()
 
     def _stand_in(self, name: str, other: torch.Tensor | None) -> torch.Tensor:
         """Tokens in place of the absent side ``name``, given those of the other side."""

@@ -27,6 +27,8 @@ def colour_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.slide import colour_statistics
     >>> mean, sd = colour_statistics(np.full((2, 4, 4, 3), 255, dtype=np.uint8))
     >>> mean.tolist()
     [1.0, 1.0, 1.0]

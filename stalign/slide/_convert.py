@@ -121,6 +121,8 @@ def to_rgb_uint8(array: Any) -> np.ndarray:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.slide import to_rgb_uint8
     >>> to_rgb_uint8(np.array([[0.0, 1.0]]))[0, 1]
     array([255, 255, 255], dtype=uint8)
     """

@@ -50,6 +50,8 @@ def open_image(source: Any, *, max_pixels: int | None = None) -> SlideImage:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.slide import open_image
     >>> with open_image(np.zeros((300, 200, 3), dtype=np.uint8)) as image:
     ...     image.height, image.width
     (300, 200)

@@ -36,6 +36,8 @@ def inside_fraction(image_size_hw: tuple[int, int], centers: np.ndarray, size: f
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.slide import inside_fraction
     >>> inside_fraction((100, 100), np.array([[50.0, 50.0], [0.0, 50.0]]), 10)
     array([1. , 0.5], dtype=float32)
     """
@@ -80,6 +82,8 @@ def read_patches(
     Examples
     --------
     >>> from stalign.slide import open_image
+    >>> import numpy as np
+    >>> from stalign.slide import open_image, read_patches
     >>> image = open_image(np.full((64, 64, 3), 200, dtype=np.uint8))
     >>> read_patches(image, np.array([[32.0, 32.0]]), 16.0, 8).shape
     (1, 8, 8, 3)

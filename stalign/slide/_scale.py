@@ -84,6 +84,7 @@ def derive_mpp(
 
     Examples
     --------
+    >>> from stalign.slide import derive_mpp
     >>> derive_mpp(pitch_um=100.0, pitch_px=200.0).mpp
     0.5
     """

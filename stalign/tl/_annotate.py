@@ -11,6 +11,7 @@ import pandas as pd
 from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import check_adata, check_choice, check_positive, require_key
+from stalign.tl._calibration import best_temperature, reliability, shares
 from stalign.tl._reference import reference_embedding
 from stalign.tl._slots import (
     centre_by_library,
@@ -33,14 +34,23 @@ if TYPE_CHECKING:
 
 UNASSIGNED = "unassigned"
 _MODALITIES = ("fused", "image", "gene")
+MARKER_TEMPERATURE = 1.0
+"""Of scores by marker genes, in standard deviations: chosen on labelled training sections."""
+REFERENCE_TEMPERATURE = 2.0
+"""Of scores after a reference of one slide, at least: chosen on labelled training sections of other patients."""
+
+# Parts of a reference that are left out in turn, and labelled spots below which there is nothing to learn from it.
+_FOLDS = 4
+_MIN_CALIBRATED = 30
 
 
 class _Scores(NamedTuple):
-    """(n, labels) scores, the labels, and what goes into ``uns``."""
+    """(n, labels) scores, the labels, what goes into ``uns``, and the temperature that suits the scores."""
 
     values: np.ndarray
     labels: list[str]
     params: dict[str, Any]
+    temperature: float = MARKER_TEMPERATURE
 
 
 def zero_shot_annotate(
@@ -51,7 +61,7 @@ def zero_shot_annotate(
     label_key: str | None = None,
     modality: Literal["fused", "image", "gene"] = "fused",
     threshold: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     use_rep: str = Key.obsm.EMBEDDING,
     model: str | Path | STAlign | None = None,
     library_key: str | None = None,
@@ -84,7 +94,11 @@ def zero_shot_annotate(
         Spots whose confidence is below are ``"unassigned"``.
     temperature
         Of the softmax, in standard deviations: the smaller, the more confident. The order of the labels does not
-        depend on it.
+        depend on it. ``None`` calibrates: with a reference of several libraries, the temperature under which the
+        labels of libraries left out in turn are most likely, but at least 1; of a single one, the same with quarters,
+        but at least 2, since another slide is further away than another quarter is; with marker genes, 1. These two
+        numbers were chosen on labelled sections of training patients. :func:`stalign.tl.calibration` measures how well
+        it went.
     use_rep
         ``key_added`` of :func:`stalign.tl.embed`.
     model
@@ -105,7 +119,8 @@ def zero_shot_annotate(
     - ``obsm["stalign_annotation_score"]``: DataFrame (n_obs, labels) float32, rows sum to 1; rows of NaN for spots that
       lack the modality
     - ``uns["stalign"]["annotation"]``: ``labels``, and in their order ``markers`` (known to the model, one string a
-      label) or ``n_reference`` (spots); parameters, model
+      label) or ``n_reference`` (spots); temperature, parameters, model; where the temperature was taken from a
+      reference, ``reference_ece``, the expected calibration error on its left-out spots
 
     Raises
     ------
@@ -125,7 +140,8 @@ def zero_shot_annotate(
     """
     check_adata(adata)
     check_choice("modality", modality, _MODALITIES)
-    check_positive("temperature", temperature)
+    if temperature is not None:
+        temperature = check_positive("temperature", temperature)
     if threshold is not None and not 0 <= float(threshold) <= 1:
         raise ValueError(f"threshold must be a share between 0 and 1, got {threshold!r}.")
     codes = spot_libraries(adata, library_key)
@@ -135,10 +151,11 @@ def zero_shot_annotate(
         scores = _by_reference(adata, labels, reference, label_key, modality, use_rep, model, codes)
     if UNASSIGNED in scores.labels:
         raise ValueError(f"{UNASSIGNED!r} cannot be a label: it stands for spots without one. Rename it.")
-    shares = _softmax(standardise(scores.values, codes) / temperature)
+    temperature = scores.temperature if temperature is None else float(temperature)
+    scores.params["temperature"] = temperature
 
     out = adata.copy() if copy else adata
-    _write(out, shares, scores, threshold, key_added)
+    _write(out, shares(standardise(scores.values, codes), temperature), scores, threshold, key_added)
     return out if copy else None
 
 
@@ -256,15 +273,50 @@ def _by_reference(
         raise ValueError(f"No labelled spot of the reference has an embedding of modality={modality!r}.")
     centred = unit_rows(centre_by_library(embedded.values, embedded.codes))[kept]
     names, label_codes = _categories(values[kept])
-    prototypes = unit_rows(np.stack([centred[label_codes == code].mean(axis=0) for code in range(len(names))]))
-    scores = unit_rows(centre_by_library(query, codes)) @ prototypes.T
-    params = {
+    scores = unit_rows(centre_by_library(query, codes)) @ _prototypes(centred, label_codes, len(names)).T
+    temperature, ece = _calibrated(centred, label_codes, len(names), embedded.codes[kept])
+    params: dict[str, Any] = {
         "source": "reference",
         "modality": modality,
         "label_key": column,
         "n_reference": np.bincount(label_codes, minlength=len(names)),
     }
-    return _Scores(scores, names, {**params, **model_params(record)})
+    if ece is not None:
+        params["reference_ece"] = ece
+    return _Scores(scores, names, {**params, **model_params(record)}, temperature)
+
+
+def _prototypes(values: np.ndarray, labels: np.ndarray, n_labels: int) -> np.ndarray:
+    """(n_labels, d) mean unit embedding of each label's spots, unit norm; zero for a label without any."""
+    sums = np.zeros((n_labels, values.shape[1]), dtype=values.dtype)
+    np.add.at(sums, labels, values)
+    return unit_rows(sums)
+
+
+def _calibrated(values: np.ndarray, labels: np.ndarray, n_labels: int, codes: np.ndarray) -> tuple[float, float | None]:
+    """Return the temperature that suits spots of a reference that are left out in turn, and their calibration error.
+
+    Libraries are left out; of a single one quarters, in the order of its spots. Where there is too little to learn
+    from, the temperature is the least one and there is no error.
+    """
+    least = MARKER_TEMPERATURE if len(np.unique(codes)) > 1 else REFERENCE_TEMPERATURE
+    if len(np.unique(codes)) == 1:
+        codes = np.arange(len(codes)) * _FOLDS // len(codes)
+    logits, truth = [], []
+    for code in np.unique(codes):
+        left = codes == code
+        known = np.unique(labels[~left])
+        if len(known) < n_labels or left.sum() < 2:
+            continue
+        prototypes = _prototypes(values[~left], labels[~left], n_labels)
+        logits.append(standardise(values[left] @ prototypes.T, np.zeros(int(left.sum()), dtype=np.intp)))
+        truth.append(labels[left])
+    if sum(map(len, truth)) < _MIN_CALIBRATED or n_labels < 2:
+        return least, None
+    z, true = np.concatenate(logits), np.concatenate(truth)
+    temperature = max(best_temperature(z, true), least)
+    confidence = shares(z, temperature)
+    return temperature, reliability(confidence.max(axis=1), z.argmax(axis=1) == true).ece
 
 
 def _label_column(labels: Any, label_key: str | None) -> str:
@@ -300,11 +352,6 @@ def standardise(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
         centred, sd = values - values.mean(axis=0), values.std(axis=0)
         result[rows] = np.divide(centred, sd, out=np.zeros_like(centred), where=sd > 1e-7)
     return result
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

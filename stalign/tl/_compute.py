@@ -69,13 +69,13 @@ def compute_embedding(
     open_sink: OpenSink | None = None,
 ) -> Embedded:
     """Embed every spot; see :func:`stalign.tl.embed`. ``adata`` is not changed."""
-    raw = _counts(adata, layer) if "gene" in modalities else None
+    raw = raw_counts(adata, layer) if "gene" in modalities else None
     working = working_copy(adata, model.geometry, niches, use_image="image" in modalities)
     with ExitStack() as stack:
         reader = stack.enter_context(PatchReader(working.adata))
         has_image = reader.has_image if "image" in modalities else np.zeros(adata.n_obs, dtype=bool)
-        match = _match(adata, model, raw, gene_symbols, organism, any_image=bool(has_image.any()))
-        _check_something(adata, reader, has_image, match, modalities)
+        match = match_genes(adata, model, raw, gene_symbols, organism, any_image=bool(has_image.any()))
+        check_something(adata, reader, has_image, match, modalities)
         identity = identify(model)
         order = _plan(reader, model.geometry, use_image=bool(has_image.any()))
         sink: Sink | None
@@ -122,7 +122,7 @@ def compute_embedding(
 # --- what there is -----------------------------------------------------------------------------------------------
 
 
-def _counts(adata: AnnData, layer: str | None) -> Any:
+def raw_counts(adata: AnnData, layer: str | None) -> Any:
     """Return the checked raw counts; ``None`` if the AnnData has none."""
     if layer is not None:
         counts, name = require_key(adata.layers, layer, where="adata.layers"), f"adata.layers[{layer!r}]"
@@ -134,7 +134,7 @@ def _counts(adata: AnnData, layer: str | None) -> Any:
     return counts
 
 
-def _match(
+def match_genes(
     adata: AnnData, model: STAlign, raw: Any, gene_symbols: str | None, organism: str | None, *, any_image: bool
 ) -> GeneMatch | None:
     """Match the genes; ``None`` where the slide has to do without, which it can if it has an image."""
@@ -174,7 +174,7 @@ def _covers_any(adata: AnnData, model: STAlign, gene_symbols: str | None, organi
     return True
 
 
-def _check_something(
+def check_something(
     adata: AnnData, reader: PatchReader, has_image: np.ndarray, match: GeneMatch | None, modalities: Sequence[str]
 ) -> None:
     """Refuse spots that have neither of the modalities asked for."""

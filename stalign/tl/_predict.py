@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import check_adata, check_choice, check_positive, listing, require_key
 from stalign.genes import check_counts, input_kind, library_size, match_names, normalise_log1p
+from stalign.models._conformal import LEVELS, MAX_RESIDUALS, conformal_quantiles, half_width
 from stalign.tl._neighbours import nearest
 from stalign.tl._prompts import near_genes
 from stalign.tl._reference import reference_embedding
@@ -50,19 +52,29 @@ _MIN_SLIDE = 30
 
 
 class _Prediction(NamedTuple):
-    """(n, genes) float32 means and standard deviations, the genes' names, and what goes into ``uns``."""
+    """(n, genes) float32 means and standard deviations, the genes' names, and what goes into ``uns``.
+
+    ``half_width`` (genes,) is that of the prediction intervals, ``None`` where none were asked for.
+    """
 
     mean: np.ndarray
     sd: np.ndarray
     genes: list[str]
     params: dict[str, Any]
+    half_width: np.ndarray | None = None
 
 
 class _Reference(NamedTuple):
-    """Reference spots: (m, d) embedding and (m, genes) log-normalised expression, CSR."""
+    """Reference spots: (m, d) embedding and (m, genes) log-normalised expression, CSR.
+
+    For prediction intervals also the (m, d) image side, NaN where there is none, and the patient or library of each
+    spot.
+    """
 
     embedding: np.ndarray
     expression: sparse.csr_matrix
+    image: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
 
 def predict_expression(
@@ -73,6 +85,7 @@ def predict_expression(
     method: Literal["head", "retrieval", "ridge"] = "head",
     k: int = 50,
     temperature: float = 0.05,
+    interval: float | None = None,
     layer: str | None = None,
     use_rep: str = Key.obsm.EMBEDDING,
     model: str | Path | STAlign | None = None,
@@ -106,6 +119,12 @@ def predict_expression(
         See above.
     k, temperature
         Neighbours of ``"retrieval"`` and temperature of their weights.
+    interval
+        Coverage of prediction intervals, 0.5 to 0.99, e.g. 0.9; ``None`` makes none. Split-conformal, gene by gene:
+        from the residuals on training patients that were left out in turn (``"head"``, stored with the model), or on
+        the reference's patients or libraries left out in turn (of a single one, quarters). The stated coverage holds
+        for spots that could as well have been among the held-out ones. Another patient, scanner or laboratory can
+        differ from them as a whole, and is then covered less (or more) often: see ``coverage``.
     layer
         Raw counts of ``adata``, to compare with, and of the references; ``None`` is ``X``.
     use_rep
@@ -128,9 +147,13 @@ def predict_expression(
       them where the layer would have more than 2²⁸ values
     - ``obsm["stalign_predicted_sd"]``: DataFrame (n_obs, genes) float32, the spread of the residuals (of the
       neighbours with ``"retrieval"``)
+    - ``obsm["stalign_predicted_lower"]``, ``obsm["stalign_predicted_upper"]``: with ``interval``, DataFrames (n_obs,
+      genes) float32, ends of the intervals; none lies below 0
     - ``var["stalign_predicted_r"]``: float32, Pearson correlation with the measured expression over all embedded spots;
       NaN for genes that are not predicted or constant. Only where there are raw counts
-    - ``uns["stalign"]["prediction"]``: method, units, genes, parameters, model
+    - ``uns["stalign"]["prediction"]``: method, units, genes, parameters, model; with ``interval`` and raw counts
+      ``coverage``, the share of measured values inside their intervals, over all spots and genes, and
+      ``coverage_quartiles``, those of the genes' own shares
 
     Spots of libraries without an image are NaN.
 
@@ -139,7 +162,8 @@ def predict_expression(
     KeyError
         If the image side of the embedding is missing.
     ValueError
-        For a model without a head, a gene that cannot be predicted, a method without its reference.
+        For a model without a head, a gene that cannot be predicted, a method without its reference, an ``interval`` of
+        a head that has none or of a reference without an image.
 
     Examples
     --------
@@ -152,6 +176,7 @@ def predict_expression(
     check_choice("method", method, METHODS)
     k = check_positive("k", k, integer=True)
     check_positive("temperature", temperature)
+    _check_interval(interval)
     wanted = _check_genes(genes)
     embedding = read_embedding(adata, "image", use_rep)
     there = present(embedding)
@@ -160,17 +185,24 @@ def predict_expression(
     if method == "head":
         if reference is not None:
             raise ValueError("method='head' takes no reference. Pass `method='retrieval'` or `method='ridge'`.")
-        result = _by_head(adata, embedding[there], wanted, use_rep, model, codes)
+        result = _by_head(adata, embedding[there], wanted, use_rep, model, codes, interval)
     else:
-        parts = _references(adata, reference, method, wanted, layer, use_rep, model)
+        parts = _references(adata, reference, method, wanted, layer, use_rep, model, with_groups=interval is not None)
         result = (
             _by_retrieval(embedding[there], *parts, k=k, temperature=temperature)
             if method == "retrieval"
             else _by_ridge(embedding[there], *parts, codes=codes)
         )
+        if interval is not None:
+            predict = partial(_retrieved, k=k, temperature=temperature) if method == "retrieval" else _regressed
+            result = result._replace(half_width=_cross_fitted(parts[0], predict, interval))
     result = _spread(result, there)
     columns = _columns(adata, result.genes, embed_record(adata, use_rep))
     correlation = None if measured is None else _correlations(result.mean, measured, columns, there)
+    if interval is not None:
+        result.params["interval"] = float(interval)
+        if measured is not None and (columns >= 0).any():
+            result.params.update(_coverage(result, measured, columns, there))
 
     out = adata.copy() if copy else adata
     _write(out, result, columns, correlation, key_added)
@@ -184,6 +216,15 @@ def _check_genes(genes: Any) -> list[str] | None:
     if not wanted:
         raise ValueError("genes is empty: name at least one gene, or leave it out.")
     return list(dict.fromkeys(wanted))
+
+
+def _check_interval(interval: Any) -> None:
+    if interval is None:
+        return
+    if isinstance(interval, bool) or not isinstance(interval, (int, float, np.number)):
+        raise TypeError(f"interval must be a coverage such as 0.9, got {interval!r}.")
+    if not LEVELS[0] <= interval <= LEVELS[-1]:
+        raise ValueError(f"interval must be a coverage from {LEVELS[0]} to {LEVELS[-1]}, got {interval!r}.")
 
 
 def _spread(result: _Prediction, there: np.ndarray) -> _Prediction:
@@ -200,7 +241,13 @@ def _spread(result: _Prediction, there: np.ndarray) -> _Prediction:
 
 
 def _by_head(
-    adata: AnnData, embedding: np.ndarray, wanted: list[str] | None, use_rep: str, model: Any, codes: np.ndarray
+    adata: AnnData,
+    embedding: np.ndarray,
+    wanted: list[str] | None,
+    use_rep: str,
+    model: Any,
+    codes: np.ndarray,
+    interval: float | None,
 ) -> _Prediction:
     import torch
 
@@ -215,6 +262,11 @@ def _by_head(
     if unusable:
         raise ValueError(
             f"The head of model {network.config.name!r} needs {listing(unusable)}, not images alone. {other}"
+        )
+    if interval is not None and not head.levels:
+        raise ValueError(
+            f"The head of model {network.config.name!r} was saved without the residuals that intervals are made from. "
+            f"Leave out `interval`. {other}"
         )
     symbols = network.predicted_genes
     if wanted is None:
@@ -233,7 +285,8 @@ def _by_head(
                 halves = _halves(embedding[rows], network.config.heads.out, head.inputs)
                 mean[rows] = head(halves, centre=centre).numpy()[:, index]
     sd = np.broadcast_to(head.sd.cpu().numpy()[index].astype(np.float32), mean.shape)
-    return _Prediction(mean, sd, names, {"method": "head", **model_params(embed_record(adata, use_rep))})
+    half = None if interval is None else half_width(head.half_widths.cpu().numpy(), head.levels, interval)[index]
+    return _Prediction(mean, sd, names, {"method": "head", **model_params(embed_record(adata, use_rep))}, half)
 
 
 def _slide_centre(width: int, head: GenePrediction, embedding: np.ndarray) -> torch.Tensor | None:
@@ -279,6 +332,8 @@ def _references(
     layer: str | None,
     use_rep: str,
     model: Any,
+    *,
+    with_groups: bool,
 ) -> tuple[list[_Reference], list[str], dict[str, Any]]:
     """Return every reference's spots, the genes, and parameters for ``uns``."""
     slides = _as_list(reference, method)
@@ -296,7 +351,13 @@ def _references(
         _refuse_unknown(names, index, known, f"Reference {number} has", "Leave these genes out.")
         kept = present(embedded.values)
         expression = _log_normalised(_reference_counts(slide, layer, number), index)
-        parts.append(_Reference(embedded.values[kept], sparse.csr_matrix(expression[np.flatnonzero(kept)])))
+        part = _Reference(embedded.values[kept], sparse.csr_matrix(expression[np.flatnonzero(kept)]))
+        if with_groups:
+            image = embedded.values
+            if side == "gene":
+                image = reference_embedding(slide, "image", record, model, key=use_rep, query=adata, layer=layer).values
+            part = part._replace(image=image[kept], groups=_patients(slide, embedded.codes, number)[kept])
+        parts.append(part)
     params = {
         "method": method,
         "n_references": len(slides),
@@ -319,6 +380,17 @@ def _as_list(reference: Any, method: str) -> list[AnnData]:
     for slide in slides:
         check_adata(slide)
     return slides
+
+
+def _patients(slide: AnnData, codes: np.ndarray, number: int) -> np.ndarray:
+    """Return who each spot is of: its patient where that is stated, else its library."""
+    libraries = np.array([f"reference {number}, library {code}" for code in range(int(codes.max(initial=0)) + 1)])[
+        codes
+    ]
+    if "patient" not in slide.obs:
+        return libraries.astype(object)
+    column = slide.obs["patient"].astype(object)
+    return np.where(column.notna(), column.astype(str), libraries).astype(object)
 
 
 def _reference_counts(slide: AnnData, layer: str | None, number: int) -> Any:
@@ -362,21 +434,37 @@ def _by_retrieval(
     k: int,
     temperature: float,
 ) -> _Prediction:
-    keys = unit_rows(np.concatenate([part.embedding for part in parts]))
-    expression = sparse.vstack([part.expression for part in parts], format="csr")
-    if k > len(keys):
-        logger.info("The reference has %d spots: all of them are used (k=%d).", len(keys), k)
-        k = len(keys)
-    _check_width(embedding, keys)
-    found = nearest(unit_rows(embedding), keys, k)
-    weight = np.exp((found.scores - found.scores[:, :1]) / temperature)
-    weight /= weight.sum(axis=1, keepdims=True)
-    indptr = np.arange(0, weight.size + 1, k)
-    mixing = sparse.csr_matrix((weight.ravel(), found.indices.ravel(), indptr), shape=(len(weight), len(keys)))
+    n = sum(len(part.embedding) for part in parts)
+    if k > n:
+        logger.info("The reference has %d spots: all of them are used (k=%d).", n, k)
+        k = n
+    mixing, expression = _mixing(embedding, parts, k=k, temperature=temperature)
     mean = (mixing @ expression).toarray().astype(np.float32)
     squares = (mixing @ expression.multiply(expression).tocsr()).toarray()
     sd = np.sqrt(np.maximum(squares - mean**2, 0)).astype(np.float32)
     return _Prediction(mean, sd, names, {**params, "k": int(k), "temperature": float(temperature)})
+
+
+def _mixing(
+    embedding: np.ndarray, parts: Sequence[_Reference], *, k: int, temperature: float
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Return (n, m) weights of the reference spots, and their (m, genes) expression."""
+    keys = unit_rows(np.concatenate([part.embedding for part in parts]))
+    expression = sparse.vstack([part.expression for part in parts], format="csr")
+    _check_width(embedding, keys)
+    k = min(k, len(keys))
+    found = nearest(unit_rows(embedding), keys, k)
+    weight = np.exp((found.scores - found.scores[:, :1]) / temperature)
+    weight /= weight.sum(axis=1, keepdims=True)
+    indptr = np.arange(0, weight.size + 1, k)
+    return sparse.csr_matrix(
+        (weight.ravel(), found.indices.ravel(), indptr), shape=(len(weight), len(keys))
+    ), expression
+
+
+def _retrieved(image: np.ndarray, parts: Sequence[_Reference], *, k: int, temperature: float) -> np.ndarray:
+    mixing, expression = _mixing(image, parts, k=k, temperature=temperature)
+    return (mixing @ expression).toarray()
 
 
 def _check_width(embedding: np.ndarray, keys: np.ndarray) -> None:
@@ -397,6 +485,28 @@ def _by_ridge(
 ) -> _Prediction:
     """Ridge regression within slides: every slide is centred, so that what differs between slides is not learned."""
     _check_width(embedding, parts[0].embedding)
+    fit = _fit_ridge(parts)
+    mean = np.empty((len(embedding), len(names)), dtype=np.float32)
+    for code in np.unique(codes):
+        slide = codes == code
+        small = _is_too_small(int(slide.sum()), "reference")
+        centre = fit.feature_mean if small else embedding[slide].mean(axis=0)
+        mean[slide] = fit.target_mean + (embedding[slide] - centre) @ fit.weight
+    sd = np.broadcast_to(fit.residual.astype(np.float32), mean.shape)
+    return _Prediction(mean, sd, names, {**params, "penalty": float(fit.penalty)})
+
+
+class _Ridge(NamedTuple):
+    """Weights (d, genes), the penalty, (genes,) residual spread, and the means of features and targets."""
+
+    weight: np.ndarray
+    penalty: float
+    residual: np.ndarray
+    feature_mean: np.ndarray
+    target_mean: np.ndarray
+
+
+def _fit_ridge(parts: Sequence[_Reference]) -> _Ridge:
     n = sum(len(part.embedding) for part in parts)
     if n < 3:
         raise ValueError(f"A ridge regression needs more than {n} reference spots with an image.")
@@ -408,14 +518,92 @@ def _by_ridge(
     cross = sum((part.expression.T @ values).T for part, values in zip(parts, centred, strict=True))
     target_mean = np.asarray(sum(part.expression.sum(axis=0) for part in parts)).ravel() / n
     total = sum(_squares(part.expression) for part in parts)
-    weight, penalty, residual = solve_ridge(np.asarray(gram), np.asarray(cross), np.asarray(total), n, len(parts))
-    mean = np.empty((len(embedding), len(names)), dtype=np.float32)
-    for code in np.unique(codes):
-        slide = codes == code
-        centre = feature_mean if _is_too_small(int(slide.sum()), "reference") else embedding[slide].mean(axis=0)
-        mean[slide] = target_mean + (embedding[slide] - centre) @ weight
-    sd = np.broadcast_to(residual.astype(np.float32), mean.shape)
-    return _Prediction(mean, sd, names, {**params, "penalty": float(penalty)})
+    solved = solve_ridge(np.asarray(gram), np.asarray(cross), np.asarray(total), n, len(parts))
+    return _Ridge(*solved, feature_mean, target_mean)
+
+
+def _regressed(image: np.ndarray, parts: Sequence[_Reference]) -> np.ndarray:
+    """Predict the spots of one slide."""
+    fit = _fit_ridge(parts)
+    return fit.target_mean + (image - image.mean(axis=0)) @ fit.weight
+
+
+# --- prediction intervals ----------------------------------------------------------------------------------------
+
+
+def _cross_fitted(
+    parts: Sequence[_Reference], predict: Callable[[np.ndarray, Sequence[_Reference]], np.ndarray], interval: float
+) -> np.ndarray:
+    """Return (genes,) half-widths from the residuals of reference patients that are left out in turn.
+
+    Parameters
+    ----------
+    parts
+        References with image side and groups.
+    predict
+        From the image side of a patient's spots and the other patients' reference to their expression.
+    interval
+        Coverage.
+    """
+    held = _by_group(parts)
+    limit = max(20, MAX_RESIDUALS // len(held))
+    residuals = []
+    for number, part in enumerate(held):
+        others = [other for at, other in enumerate(held) if at != number]
+        usable = np.flatnonzero(present(part.image))  # type: ignore[arg-type]
+        if not len(usable):
+            continue
+        predicted = predict(part.image[usable], others)  # type: ignore[index]
+        rows = np.unique(np.linspace(0, len(usable) - 1, min(len(usable), limit)).round().astype(np.intp))
+        measured = part.expression[usable[rows]].toarray()
+        residuals.append(np.abs(measured - predicted[rows]).astype(np.float32))
+    if not residuals:
+        raise ValueError(
+            "interval needs references with an image, since the residuals are those of predictions from it. Leave out "
+            "`interval`, or pass references with an image."
+        )
+    return conformal_quantiles(residuals, [interval], groups=list(range(len(residuals))))[0].astype(np.float64)
+
+
+def _by_group(parts: Sequence[_Reference]) -> list[_Reference]:
+    """Return the references cut by patient or library; the only one there is into quarters, in the order of spots."""
+    joined = _Reference(
+        np.concatenate([part.embedding for part in parts]),
+        sparse.vstack([part.expression for part in parts], format="csr"),
+        np.concatenate([part.image for part in parts]),  # type: ignore[misc]
+        np.concatenate([part.groups for part in parts]),  # type: ignore[misc]
+    )
+    names = np.unique(joined.groups.astype(str))  # type: ignore[union-attr]
+    rows = [np.flatnonzero(joined.groups.astype(str) == name) for name in names]  # type: ignore[union-attr]
+    if len(rows) == 1:
+        if len(rows[0]) < 8:
+            raise ValueError(f"interval needs at least 8 reference spots, there are {len(rows[0])}.")
+        rows = np.array_split(rows[0], 4)
+    return [
+        _Reference(joined.embedding[part], joined.expression[part], joined.image[part])  # type: ignore[index]
+        for part in rows
+    ]
+
+
+def _ends(result: _Prediction) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n, genes) float32 lower and upper ends; expression is never negative."""
+    half = np.asarray(result.half_width, dtype=np.float32)
+    return np.maximum(result.mean - half, 0), np.maximum(result.mean + half, 0)
+
+
+def _coverage(result: _Prediction, counts: Any, columns: np.ndarray, there: np.ndarray) -> dict[str, Any]:
+    """Return the share of measured values inside their intervals, of all and of the genes' quartiles."""
+    here, rows = np.flatnonzero(columns >= 0), np.flatnonzero(there)
+    measured = sparse.csr_matrix(_log_normalised(counts, columns[here])[rows])
+    inside = np.zeros(len(here))
+    lower, upper = _ends(result)
+    for start in range(0, len(rows), _ROWS):
+        block = slice(start, start + _ROWS)
+        values = measured[block].toarray()
+        places = np.ix_(rows[block], here)
+        inside += ((values >= lower[places]) & (values <= upper[places])).sum(axis=0)
+    share = inside / max(len(rows), 1)
+    return {"coverage": float(share.mean()), "coverage_quartiles": np.quantile(share, [0.25, 0.5, 0.75])}
 
 
 def _squares(expression: sparse.csr_matrix) -> np.ndarray:
@@ -545,6 +733,14 @@ def _write(
         added.append(f"`obsm['{key_added}']`")
     adata.obsm[name_sd] = pd.DataFrame(np.array(result.sd), index=adata.obs_names, columns=result.genes)
     added.append(f"`obsm['{name_sd}']`")
+    ends = {} if result.half_width is None else dict(zip(("lower", "upper"), _ends(result), strict=True))
+    for end in ("lower", "upper"):
+        name = f"{key_added}_{end}"
+        if name in adata.obsm:  # of an earlier call
+            del adata.obsm[name]
+        if end in ends:
+            adata.obsm[name] = pd.DataFrame(ends[end], index=adata.obs_names, columns=result.genes)
+            added.append(f"`obsm['{name}']`")
     if correlation is not None and (columns >= 0).any():
         values = np.full(adata.n_vars, np.nan, dtype=np.float32)
         values[columns[columns >= 0]] = correlation[columns >= 0]

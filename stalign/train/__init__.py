@@ -5,6 +5,7 @@ from __future__ import annotations
 from stalign.train import losses
 from stalign.train._config import ObjectiveConfig, PretrainConfig, read_config
 from stalign.train._data import Section
+from stalign.train._familiarity import add_familiarity
 from stalign.train._finetune import finetune
 from stalign.train._pretrain import pretrain
 from stalign.train._sections import save_sections
@@ -15,6 +16,7 @@ __all__ = [
     "PretrainConfig",
     "Section",
     "Shards",
+    "add_familiarity",
     "finetune",
     "losses",
     "open_shards",

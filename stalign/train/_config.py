@@ -290,6 +290,27 @@ class PredictionFitConfig:
 
 
 @dataclass(frozen=True)
+class FamiliarityFitConfig:
+    """Statistics of the training spots, by which :func:`stalign.tl.quality` tells what is foreign to the model.
+
+    ``n_genes`` genes with the most counts, and ``n_components`` leading components of their niche expression. Of a
+    large cohort, ``max_sections`` sections and ``max_spots`` spots of each are drawn. ``enabled = false`` leaves them
+    out.
+    """
+
+    enabled: bool = True
+    n_genes: int = 4000
+    n_components: int = 16
+    max_sections: int = 64
+    max_spots: int = 500
+
+    def __post_init__(self) -> None:
+        _check_switch("enabled", self.enabled)
+        for name in ("n_genes", "n_components", "max_sections", "max_spots"):
+            check_positive(name, getattr(self, name), integer=True)
+
+
+@dataclass(frozen=True)
 class CardConfig:
     """What the model card says beside the numbers."""
 
@@ -362,6 +383,7 @@ class PretrainConfig:
     augment: AugmentConfig = AugmentConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     prediction: PredictionFitConfig = PredictionFitConfig()
+    familiarity: FamiliarityFitConfig = FamiliarityFitConfig()
     run: RunConfig = RunConfig()
     card: CardConfig = CardConfig()
 
@@ -415,6 +437,10 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> PretrainConfig
         A TOML file.
     changes
         ``"key=value"`` with dotted keys, applied on top, e.g. ``"optimiser.steps=10"``.
+
+    Returns
+    -------
+    :class:`PretrainConfig`.
 
     Raises
     ------

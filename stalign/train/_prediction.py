@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 
 from stalign._logging import logger
 from stalign.genes import normalise_log1p
 from stalign.models._config import PredictionConfig
+from stalign.models._conformal import LEVELS, MAX_RESIDUALS, conformal_quantiles
 from stalign.models._heads import GenePrediction
 from stalign.models._network import STAlign
 from stalign.train._config import PredictionFitConfig
@@ -35,7 +37,8 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
 
     Features and expression are centred within each section, so that what is learned is the variation over tissue and
     not the difference between slides; each section counts alike, however many spots it has. Penalty and residual spread
-    come from leaving out one section at a time. A gene a section did not measure takes nothing from that section.
+    come from leaving out one section at a time, the half-widths of prediction intervals from leaving out one patient at
+    a time. A gene a section did not measure takes nothing from that section.
 
     Parameters
     ----------
@@ -67,7 +70,8 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
     weight = _ridge(fitted, penalty)
     scale = np.sqrt(_pooled_mean([(f.expression - f.expression.mean(axis=0)) ** 2 for f in fitted], fitted))
     scale[scale == 0] = 1.0
-    head_config = PredictionConfig(n_genes=len(gene_index), inputs=inputs)
+    head_config = PredictionConfig(n_genes=len(gene_index), inputs=inputs, levels=LEVELS)
+    half_widths = _half_widths(fitted, [section.section.patient for section in imaged], penalty, spread)
     head = GenePrediction(model.config.heads.out, head_config)
     values = {
         "net.weight": (weight / scale).T,
@@ -76,6 +80,7 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
         "mean": _pooled_mean([f.expression for f in fitted], fitted),
         "scale": scale,
         "sd": spread,
+        "half_widths": half_widths,
         "centre": np.mean([f.features.mean(axis=0) for f in fitted], axis=0),
     }
     head.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in values.items()})
@@ -186,3 +191,30 @@ def _choose_penalty(fitted: Sequence[_Fitted], penalties: Sequence[float]) -> tu
 def _quarters(fitted: _Fitted) -> list[_Fitted]:
     rows = np.array_split(np.arange(len(fitted.features)), min(4, max(2, len(fitted.features) // 2)))
     return [fitted._replace(features=fitted.features[part], expression=fitted.expression[part]) for part in rows]
+
+
+def _half_widths(fitted: Sequence[_Fitted], patients: Sequence[str], penalty: float, spread: np.ndarray) -> np.ndarray:
+    """Return (levels, genes) half-widths of intervals, from patients (else sections, else quarters) left out in turn.
+
+    The residuals are those of the prediction as a whole, mean included, since a new slide's mean is predicted, too.
+    """
+    groups: list[object]
+    if len(set(patients)) > 1:
+        parts, groups = list(fitted), list(patients)
+    else:
+        parts = list(fitted) if len(fitted) > 1 else _quarters(fitted[0])
+        groups = list(range(len(parts)))
+    limit = max(20, MAX_RESIDUALS // len(parts))
+    residuals, valid = [], []
+    for part, group in zip(parts, groups, strict=True):
+        others = [other for other, theirs in zip(parts, groups, strict=True) if theirs != group]
+        mean = _pooled_mean([other.expression for other in others], others)
+        rows = np.unique(np.linspace(0, len(part.features) - 1, min(len(part.features), limit)).round().astype(np.intp))
+        centred = part.features[rows] - part.features.mean(axis=0)
+        predicted = mean + centred @ _ridge(others, penalty)
+        residuals.append(np.abs(part.expression[rows] - predicted).astype(np.float32))
+        valid.append(part.measured & np.any([other.measured for other in others], axis=0))
+    quantiles = conformal_quantiles(residuals, LEVELS, valid=valid, groups=groups)
+    # A gene that only one patient has: as if its residuals within that patient were normal.
+    normal = np.outer(ndtri((1 + np.array(LEVELS)) / 2), spread)
+    return np.where(np.isnan(quantiles), normal, quantiles).astype(np.float32)

@@ -395,6 +395,10 @@ def open_shards(folder: str | Path, *, skip_damaged: bool = False) -> Shards:
     skip_damaged
         Leave damaged sections out, with a warning, instead of refusing the folder.
 
+    Returns
+    -------
+    :class:`Shards`.
+
     Raises
     ------
     FileNotFoundError

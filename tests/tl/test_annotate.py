@@ -198,7 +198,7 @@ def test_mouse_markers_of_a_mouse_slide(slide, tiny):
 def test_prototypes_by_hand():
     reference = bare([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], kind=["a", "a", "b", "b"])
     query = bare([[5, 1], [1, 5], [5, 2], [2, 6]])
-    annotate(query, "kind", reference=reference)
+    annotate(query, "kind", reference=reference, temperature=1.0)
     assert names(query).tolist() == ["a", "b", "a", "b"]
     record = query.uns["stalign"]["annotation"]
     assert record["source"] == "reference"
@@ -371,7 +371,7 @@ def test_embedding_that_names_no_model(embedded, markers, tiny, snapshot):
 
 def test_failing_midway(embedded, make_planted, markers, monkeypatch, snapshot):
     before = snapshot(embedded)
-    monkeypatch.setattr(_annotate, "_softmax", lambda logits: 1 / 0)
+    monkeypatch.setattr(_annotate, "shares", lambda logits, temperature: 1 / 0)
     for args, kwargs in (((markers,), {}), (("truth",), {"reference": make_planted("R")})):
         with pytest.raises(ZeroDivisionError):
             annotate(embedded, *args, **kwargs)
