@@ -16,7 +16,10 @@ from stalign._cli import app
 from stalign._cli._files import read_markers, replacing
 from stalign._logging import one_line
 
-COMMANDS = ("demo", "embed", "annotate", "predict", "pretrain", "finetune", "convert", "doctor")
+COMMANDS = (
+    *("demo", "embed", "annotate", "predict", "report", "benchmark"),
+    *("prepare", "pretrain", "finetune", "convert", "doctor"),
+)
 
 
 @pytest.fixture
@@ -63,6 +66,35 @@ def test_help_of_each_command(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
+    assert f"stalign {command}" in result.output.split("Example", 1)[1]
+
+
+def test_every_command_is_summed_up_in_a_line(run):
+    for command in app.registered_commands:
+        first = (command.help or "").split("\n\n")[0]
+        assert first.endswith("."), command.callback
+        assert "\n" not in first
+        assert len(first) <= 100, first
+
+
+def test_exit_codes_are_documented(run):
+    words = " ".join(run("--help").output.split())
+    for part in ("0 done", "1 a check of `doctor` failed", "2 the input or the call was wrong", "130 stopped"):
+        assert part in words
+
+
+def test_a_fault_of_the_package_is_1_and_ctrl_c_is_130(run, monkeypatch):
+    def fail(error):
+        def examine(say):
+            raise error
+
+        monkeypatch.setattr("stalign._cli._doctor.examine", examine)
+        return run("doctor")
+
+    fault = fail(ZeroDivisionError("a fault"))
+    assert fault.exit_code == 1
+    assert isinstance(fault.exception, ZeroDivisionError)
+    assert fail(KeyboardInterrupt()).exit_code == 130
 
 
 def test_version(run):
@@ -296,6 +328,33 @@ def test_doctor_passes(run):
     assert result.exit_code == 0, result.output
     assert "Everything works." in result.output
     assert "SHA-256" in result.output
+    for part in ("system", "packages", "devices", "settings", "image readers", "cache folder", "models", "self-test"):
+        assert f"ok   {part}" in result.output
+    for package in ("lightning", "huggingface-hub", "openslide-python", "leidenalg", "distributed", "spatialdata-io"):
+        assert package in result.output
+
+
+def test_doctor_says_which_extras_are_missing_and_how_to_get_them(run, monkeypatch):
+    from stalign._cli import _doctor
+
+    known = _doctor._version
+    monkeypatch.setattr(_doctor, "_version", lambda name: None if name in _doctor._OPTIONAL else known(name))
+    monkeypatch.setattr(_doctor, "_self_test", lambda: ["skipped"])
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for extra in ("train", "hub", "wsi", "leiden", "dask", "spatialdata"):
+        assert f"pip install 'stalign[{extra}]'" in result.output
+
+
+def test_doctor_sees_a_reader_that_reads_wrongly(run, monkeypatch):
+    from stalign.slide import ArrayImage
+
+    monkeypatch.setattr("stalign._cli._doctor._self_test", lambda: ["skipped"])
+    monkeypatch.setattr("stalign.slide.open_image", lambda path: ArrayImage(np.zeros((64, 96, 3), np.uint8)))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "a TIFF compressed with deflate came back with other pixels" in result.output
+    assert "Failed: image readers." in result.output
 
 
 def test_doctor_fails_with_exit_code_1(run, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,23 @@ from stalign._logging import one_line
 # What the package raises on bad input. Anything else is a fault of the package and keeps its traceback.
 USER_ERRORS = (ValueError, KeyError, TypeError, ImportError, OSError)
 USER_ERROR_CODE = 2
+
+# Headings of the list of commands.
+SLIDES = "Slides"
+MODELS = "Models"
+INSTALLATION = "Installation"
+
+
+def one_line_a_paragraph(doc: str | None) -> str | None:
+    """Let the terminal break the lines of a docstring, which typer would keep as they are."""
+    if doc is None:
+        return None
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(doc).split("\n\n"))
+
+
+def examples(*commands: str) -> str:
+    """Return the end of a command's help."""
+    return "\n\n".join(["Examples:" if len(commands) > 1 else "Example:", *commands])
 
 
 class _Group(TyperGroup):
@@ -37,7 +55,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Align H&E images with spatial gene expression: embeddings, domains, names and predicted genes.",
-    epilog="Exit codes: 0 done, 1 a check of `doctor` failed, 2 the input or the call was wrong.",
+    epilog="\n\n".join(
+        [
+            "Start with: stalign doctor, then stalign demo.",
+            "Exit codes: 0 done; 1 a check of `doctor` failed, or a fault of the package, with its traceback; "
+            "2 the input or the call was wrong, one line says how; 130 stopped with Ctrl-C.",
+        ]
+    ),
 )
 
 

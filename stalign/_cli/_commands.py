@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stalign._cli._app import USER_ERROR_CODE, app
+from stalign._cli._app import INSTALLATION, MODELS, SLIDES, USER_ERROR_CODE, app, examples
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -69,7 +69,7 @@ def _ensure_embedded(adata: AnnData, model: STAlign, **options: Any) -> None:
     tl.embed(adata, model=model, **_given(**options))
 
 
-@app.command()
+@app.command(rich_help_panel=INSTALLATION, epilog=examples("stalign demo --out demo"))
 def demo(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the figures and the .h5ad.")] = Path("stalign-demo"),
@@ -87,13 +87,23 @@ def demo(
     run(out, seed=seed, n_rows=n_rows, n_cols=n_cols, device=device, say=typer.echo)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=SLIDES,
+    epilog=examples(
+        "stalign embed slide.h5ad --out embedded",
+        "stalign embed run_1/outs run_2/outs --out embedded --device cuda",
+        "stalign embed slide.h5ad --out embedded --image slide.tif --mpp 0.5",
+        "stalign embed slides/*.h5ad --out embedded --dask local",
+    ),
+)
 def embed(
     ctx: typer.Context,
     slides: Annotated[list[Path], typer.Argument(help=".h5ad, AnnData .zarr, or Space Ranger folders.")],
     out: Annotated[Path, typer.Option(help="Folder for the results, one .h5ad for each slide.")],
     model: Model = _DEFAULT_MODEL,
-    modalities: Annotated[list[str] | None, typer.Option(help="image,gene", rich_help_panel=_MODEL)] = None,
+    modalities: Annotated[
+        list[str] | None, typer.Option(help="What to use of what is there: image,gene.", rich_help_panel=_MODEL)
+    ] = None,
     outputs: Annotated[
         list[str] | None, typer.Option(help="Which matrices: fused,spot,niche,image,gene.", rich_help_panel=_MODEL)
     ] = None,
@@ -135,9 +145,10 @@ def embed(
     progress: Progress = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Embed slides, one .h5ad for each. A slide that fails is reported; the others go on.
+    """Embed slides, one .h5ad for each.
 
-    The same command again goes on after an interruption: slides that are finished are skipped.
+    A slide that fails is reported; the others go on, and the exit code is 2. The same command again goes on after an
+    interruption: slides that are finished are skipped.
     """
     if image is not None and len(slides) > 1:
         raise ValueError(f"--image belongs to one slide, got {len(slides)} slides.")
@@ -191,7 +202,13 @@ def _debug(ctx: typer.Context) -> bool:
     return bool(ctx.parent is not None and ctx.parent.params.get("debug"))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=SLIDES,
+    epilog=examples(
+        "stalign annotate slide.h5ad --markers markers.toml --out named.h5ad",
+        "stalign annotate slide.h5ad --reference labelled.h5ad --label-key region --threshold 0.5",
+    ),
+)
 def annotate(
     file: Annotated[Path, typer.Argument(help="A slide, embedded or not.")],
     markers: Annotated[Path | None, typer.Option(help="Labels and their genes: .json, .toml or .gmt.")] = None,
@@ -250,7 +267,13 @@ def annotate(
     typer.echo(f"{file} -> {target}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=SLIDES,
+    epilog=examples(
+        "stalign predict slide.h5ad --genes ERBB2,COL1A1 --out predicted.h5ad",
+        "stalign predict slide.h5ad --method ridge --reference cohort_1.h5ad --reference cohort_2.h5ad",
+    ),
+)
 def predict(
     file: Annotated[Path, typer.Argument(help="A slide with an image, embedded or not.")],
     genes: Annotated[
@@ -272,7 +295,7 @@ def predict(
     batch_size: BatchSize = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Predict expression from histology."""
+    """Predict expression from histology, and compare it with what was measured."""
     from stalign._cli._files import check_output, read_slide, write_slide
 
     target = check_output(_default_out(file, out), overwrite=overwrite)
@@ -301,22 +324,29 @@ def predict(
     typer.echo(f"{file} -> {target}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS, epilog=examples("stalign convert checkpoint.pth my-model"))
 def convert(
     official: Annotated[Path, typer.Argument(help="A checkpoint of the authors' released code (.pth).")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a checkpoint of the published code into a model folder. Nothing in the file is executed."""
+    """Turn a checkpoint of the published code into a model folder.
+
+    Nothing in the file is executed.
+    """
     from stalign import models
 
     models.from_official(official).save(out, overwrite=overwrite)
     typer.echo(f"{official} -> {out}")
 
 
-@app.command()
+@app.command(rich_help_panel=INSTALLATION, epilog=examples("stalign doctor && echo fine"))
 def doctor() -> None:
-    """Check the installation: versions, devices, image readers, cache, models, a small self-test."""
+    """Check the installation: versions, devices, image readers, cache, models, a small self-test.
+
+    The exit code is 0 if everything that is needed works, else 1. What is missing of the extras is said, and is no
+    failure.
+    """
     from stalign._cli._doctor import examine
 
     healthy = examine(say=typer.echo)

@@ -25,12 +25,21 @@ _REQUIRED = (
     "imagecodecs",
     "zarr",
 )
+# Packages of the extras, and what they are for.
 _OPTIONAL = {
-    "lightning": "train",
-    "huggingface-hub": "hub",
-    "openslide-python": "wsi",
-    "leidenalg": "leiden",
+    "lightning": ("train", "pretraining"),
+    "huggingface-hub": ("hub", "models from the Hub"),
+    "openslide-python": ("wsi", "scanners' formats"),
+    "leidenalg": ("leiden", "Leiden domains"),
+    "distributed": ("dask", "many slides on a cluster"),
+    "spatialdata-io": ("spatialdata", "instruments' output as SpatialData"),
 }
+# One codec each that TIFFs of microscopes use; those of the second line keep only nearly the same pixels.
+_EXACT_CODECS = ("deflate", "lzw", "zstd")
+_LOSSY_CODECS = ("jpeg", "jpeg2000")
+_LOSSY_ERROR = 8.0
+# What a user may set without writing Python.
+_VARIABLES = ("STALIGN_CACHE_DIR", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 # What a broken installation raises; a check that fails is a line of the report, not the end of it.
 _FAILURES = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
@@ -46,6 +55,7 @@ def examine(say: Callable[[str], Any]) -> bool:
         ("packages", _packages),
         ("name", _name),
         ("devices", _devices),
+        ("settings", _settings),
         ("image readers", _image_readers),
         ("cache folder", _cache),
         ("models", _models),
@@ -89,9 +99,13 @@ def _packages() -> list[str]:
     if missing:
         raise _CheckError(f"missing: {', '.join(missing)}. Install them: pip install {' '.join(missing)}")
     lines = [", ".join(f"{package} {version}" for package, version in versions.items())]
-    for package, extra in _OPTIONAL.items():
-        version = _version(package)
-        lines.append(f"{package} {version}" if version else f"{package} is not there (pip install 'stalign[{extra}]')")
+    found = {package: _version(package) for package in _OPTIONAL}
+    there = [f"{package} {version}" for package, version in found.items() if version]
+    if there:
+        lines.append(f"extras: {', '.join(there)}")
+    for package, (extra, purpose) in _OPTIONAL.items():
+        if not found[package]:
+            lines.append(f"{package} is not there, for {purpose}: pip install 'stalign[{extra}]'")
     return lines
 
 
@@ -119,29 +133,83 @@ def _devices() -> list[str]:
     return [*lines, f"cpu, {torch.get_num_threads()} threads"]
 
 
+def _settings() -> list[str]:
+    """What applies where an argument is left out, and the environment that changes it."""
+    from stalign import settings
+
+    names = ("device", "amp", "batch_size", "num_workers", "seed")
+    lines = [", ".join(f"{name} {_or_automatic(getattr(settings, name))}" for name in names)]
+    given = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    return [*lines, *([f"from the environment: {', '.join(given)}"] if given else [])]
+
+
+def _or_automatic(value: Any) -> str:
+    return "automatic" if value is None else str(value)
+
+
 def _image_readers() -> list[str]:
-    """Write and read a small compressed, tiled TIFF: the one format that needs a codec beyond tifffile."""
+    """Write small pictures in every way that matters and read them back."""
     import tempfile
 
     import numpy as np
-    import tifffile
-
-    from stalign.slide import open_image
 
     picture = np.zeros((64, 96, 3), dtype=np.uint8)
     picture[:32, 48:] = (200, 40, 120)
     with tempfile.TemporaryDirectory(prefix="stalign-doctor-") as folder:
-        path = Path(folder) / "picture.tif"
-        tifffile.imwrite(path, picture, tile=(32, 32), compression="deflate", photometric="rgb")
-        with open_image(path) as image:
-            read = image.read_region(0, 0, 0, 64, 96)
-    if not np.array_equal(read, picture):
-        raise _CheckError("a TIFF came back with other pixels than were written.")
-    openslide = _version("openslide-python")
-    return [
-        "compressed tiled TIFF, zarr and arrays",
-        f"OpenSlide {openslide}" if openslide else "no OpenSlide (only needed for vendors' formats)",
-    ]
+        for codec in (*_EXACT_CODECS, *_LOSSY_CODECS):
+            _check_tiff(Path(folder), picture, codec)
+        _check_zarr(Path(folder), picture)
+        _check_png(Path(folder), picture)
+    codecs = ", ".join((*_EXACT_CODECS, *_LOSSY_CODECS))
+    return [f"tiled TIFF ({codecs}), zarr, PNG, arrays", _openslide()]
+
+
+def _check_tiff(folder: Path, picture: Any, codec: str) -> None:
+    import tifffile
+
+    path = folder / f"{codec}.tif"
+    # Tiles of JPEG must be multiples of 16 pixels; 32 suits all.
+    tifffile.imwrite(path, picture, tile=(32, 32), compression=codec, photometric="rgb")
+    _check_pixels(path, picture, f"a TIFF compressed with {codec}", exact=codec in _EXACT_CODECS)
+
+
+def _check_zarr(folder: Path, picture: Any) -> None:
+    import zarr
+
+    array = zarr.open(str(folder / "picture.zarr"), mode="w", shape=picture.shape, chunks=(32, 32, 3), dtype="uint8")
+    array[:] = picture
+    _check_pixels(folder / "picture.zarr", picture, "a zarr array")
+
+
+def _check_png(folder: Path, picture: Any) -> None:
+    from PIL import Image
+
+    Image.fromarray(picture).save(folder / "picture.png")
+    _check_pixels(folder / "picture.png", picture, "a PNG")
+
+
+def _check_pixels(path: Path, picture: Any, what: str, *, exact: bool = True) -> None:
+    """Compare what is read back with what was written."""
+    import numpy as np
+
+    from stalign.slide import open_image
+
+    with open_image(path) as image:
+        read = image.read_region(0, 0, 0, *picture.shape[:2])
+    error = float(np.abs(read.astype(np.float64) - picture).mean())
+    if error > (0.0 if exact else _LOSSY_ERROR):
+        raise _CheckError(f"{what} came back with other pixels than were written (mean difference {error:.1f} of 255).")
+
+
+def _openslide() -> str:
+    """OpenSlide is an extra: one that is installed but does not load is said, and fails nothing."""
+    if not _version("openslide-python"):
+        return "no OpenSlide (only needed for vendors' formats)"
+    try:
+        import openslide
+    except (ImportError, OSError) as error:
+        return f"OpenSlide is installed but does not load: {error} (pip install 'stalign[wsi]' brings the library)"
+    return f"OpenSlide {openslide.__library_version__} (openslide-python {openslide.__version__})"
 
 
 def _cache() -> list[str]:
@@ -173,6 +241,8 @@ def _models() -> list[str]:
 
 def _self_test() -> list[str]:
     """Embed a small generated slide twice, in other batches: the result must be finite and the same."""
+    import warnings
+
     import numpy as np
 
     import stalign as sta
@@ -184,9 +254,12 @@ def _self_test() -> list[str]:
     try:
         slide = sta.datasets.synthetic_visium(n_rows=12, n_cols=12)
         results = []
-        for batch_size in (256, 17):
-            sta.tl.embed(slide, outputs=("fused",), batch_size=batch_size, progress=False)
-            results.append(slide.obsm[Key.obsm.EMBEDDING].copy())
+        with warnings.catch_warnings():
+            # The generated slide has few of the model's genes, which is no news here.
+            warnings.filterwarnings("ignore", message="The data cover", category=UserWarning)
+            for batch_size in (256, 17):
+                sta.tl.embed(slide, outputs=("fused",), batch_size=batch_size, progress=False)
+                results.append(slide.obsm[Key.obsm.EMBEDDING].copy())
     finally:
         sta.settings.verbosity = before
     if not np.isfinite(results[0]).all():

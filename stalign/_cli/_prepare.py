@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stalign._cli._app import USER_ERROR_CODE, app
+from stalign._cli._app import MODELS, USER_ERROR_CODE, app, examples
 
 if TYPE_CHECKING:
     from stalign.train._shards import Shards
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 _SIZES = "Sizes, in place of the network's"
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "stalign prepare slides/ --out cohort.shards --jobs 4",
+        "stalign prepare --out cohort.shards --verify",
+    ),
+)
 def prepare(
     ctx: typer.Context,
     inputs: Annotated[
@@ -58,7 +64,10 @@ def prepare(
     spot_pixels: Annotated[int | None, typer.Option(help="The same in pixels.", rich_help_panel=_SIZES)] = None,
     niche_pixels: Annotated[int | None, typer.Option(help="The same in pixels.", rich_help_panel=_SIZES)] = None,
 ) -> None:
-    """Turn slides into shards on disk, to train on any number of them. What was done before is not done again."""
+    """Turn slides into shards on disk, to train on any number of them.
+
+    What was done before is not done again.
+    """
     if config is not None:
         _refuse_beside_config(ctx)
     elif changes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stalign._cli._app import app
+from stalign._cli._app import MODELS, app, examples
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 FIGURE = "training.png"
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "stalign pretrain my-model.toml --set optimiser.steps=20",
+        "torchrun --nproc-per-node 4 -m stalign pretrain my-model.toml",
+    ),
+)
 def pretrain(
     config: Annotated[Path, typer.Argument(help="A TOML config, see stalign/train/configs/.")],
     changes: Annotated[
@@ -50,7 +56,10 @@ def pretrain(
     typer.echo(f"{config} -> {folder} (checkpoints, log and {figure.name} in {figure.parent})")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples("stalign finetune cohort/*.h5ad --out adapted --validation held_out.h5ad"),
+)
 def finetune(
     slides: Annotated[list[Path], typer.Argument(help="Slides of the cohort: .h5ad, .zarr, or Space Ranger folders.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],

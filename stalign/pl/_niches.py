@@ -9,6 +9,7 @@ from scipy.spatial.distance import cdist
 
 from stalign._keys import Key
 from stalign._validate import check_adata, check_positive, listing
+from stalign.pl._colours import OKABE_ITO, draw_scale_bar
 from stalign.pl._spatial import PICTURE_SIDE
 from stalign.pp._patches import spot_index
 from stalign.slide._library import PatchReader, niche_record
@@ -60,7 +61,7 @@ def niches(adata: AnnData, obs: Any = None, *, n: int = 4, size: int = _PATCH_PI
     size = check_positive("size", size, integer=True)
     params = niche_record(adata)["params"]
     with PatchReader(adata) as reader:
-        index = _spread(adata, reader, n) if obs is None else spot_index(adata, obs)[:n]
+        index = spread(adata, reader, n) if obs is None else spot_index(adata, obs)[:n]
         library = _one_library(reader, index)
         spot = reader.read(index, float(params["spot_um"]), size)
         niche = reader.read(index, float(params["niche_um"]), size)
@@ -68,7 +69,8 @@ def niches(adata: AnnData, obs: Any = None, *, n: int = 4, size: int = _PATCH_PI
         picture, factor = image.thumbnail(PICTURE_SIDE)
         colors = _colors(len(index))
         overview, patches = _layout(len(index))
-        _draw_overview(overview, np.asarray(picture), factor, reader, index, library, params, colors)
+        draw_overview(overview, np.asarray(picture), factor, reader, index, library, params, colors)
+        draw_scale_bar(overview, _um_per_pixel(reader, library, factor))
     for row, (left, right) in enumerate(patches):
         _draw_patch(left, spot[row], colors[row], f"{row + 1}  spot, {params['spot_um']:g} µm")
         _draw_patch(right, niche[row], colors[row], f"{row + 1}  niche, {params['niche_um']:g} µm")
@@ -88,14 +90,17 @@ def _one_library(reader: PatchReader, index: np.ndarray) -> str:
     return reader.libraries[int(codes[0])]
 
 
-def _spread(adata: AnnData, reader: PatchReader, n: int) -> np.ndarray:
-    """Choose spots far from each other, whose niche lies inside the image where there are enough of them."""
+def spread(adata: AnnData, reader: PatchReader, n: int, code: int | None = None) -> np.ndarray:
+    """Choose spots far from each other, whose niche lies inside the image where there are enough of them.
+
+    They are of library number ``code``, or of the first with an image.
+    """
     if not reader.has_image.any():
         raise ValueError(
             "No library has an image, so there are no patches to show. "
             "Run `stalign.pp.extract_niches(adata, image=...)`."
         )
-    first = reader.codes[np.flatnonzero(reader.has_image)[0]]
+    first = reader.codes[np.flatnonzero(reader.has_image)[0]] if code is None else code
     pool = np.flatnonzero(reader.codes == first)
     inside = Key.niche_in_image(str(niche_record(adata)["params"]["key_added"]))
     if inside in adata.obs:
@@ -122,10 +127,8 @@ def _representatives(points: np.ndarray, n: int) -> np.ndarray:
     return nearest if len(np.unique(nearest)) == n else np.array(chosen)
 
 
-def _colors(n: int) -> list[Any]:
-    import matplotlib as mpl
-
-    return [mpl.colormaps["tab10"](i % 10) for i in range(n)]
+def _colors(n: int) -> list[str]:
+    return [OKABE_ITO[i % len(OKABE_ITO)] for i in range(n)]
 
 
 def _layout(n: int) -> tuple[Axes, list[tuple[Axes, Axes]]]:
@@ -150,7 +153,7 @@ def _layout(n: int) -> tuple[Axes, list[tuple[Axes, Axes]]]:
     return left.subplots(), pairs
 
 
-def _draw_overview(
+def draw_overview(
     ax: Axes,
     picture: np.ndarray,
     factor: float,
@@ -160,6 +163,7 @@ def _draw_overview(
     params: Any,
     colors: list[Any],
 ) -> None:
+    """Draw a slide's picture with the outlines of some spots' patches; its pixels are ``factor`` of the image's."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -190,6 +194,10 @@ def _draw_overview(
     ax.set_ylim(min(high[1], picture.shape[0] - 0.5), max(low[1], -0.5))
     ax.set_title(library)
     ax.set_axis_off()
+
+
+def _um_per_pixel(reader: PatchReader, library: str, factor: float) -> float:
+    return factor / reader.side(1.0, library)
 
 
 def _draw_patch(ax: Axes, pixels: np.ndarray, color: Any, title: str) -> None:

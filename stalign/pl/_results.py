@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,26 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _TARGET_SUM = 1e4
+UNITS = "log1p of counts per 10,000"
+
+
+class Look(NamedTuple):
+    """How one result of :func:`stalign.tl.quality` is drawn; ``high`` is the least upper end of its colours."""
+
+    title: str
+    label: str
+    cmap: str
+    high: float
+    is_share: bool
+
+
+QUALITY_LOOKS = {
+    "ood": Look(
+        "Far from what the model knows", "1: as far as one training spot in 10, 2: in 100", "inferno", 2.0, False
+    ),
+    "agreement": Look("Image and genes agree", "share of mismatched pairs that agree less", "viridis", 1.0, True),
+    "tissue": Look("Tissue in the patch", "share of the patch that is tissue", "cividis", 1.0, True),
+}
 
 
 def annotation(
@@ -70,7 +90,7 @@ def annotation(
         colors = colour_options(adata, labels, "viridis")
         panels.append(Panel(slide, own[0], panel_title(slide, key, len(slides)), colors))
         colors = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
-        panels.append(Panel(slide, own[1], panel_title(slide, "confidence", len(slides)), colors))
+        panels.append(Panel(slide, own[1], panel_title(slide, "confidence", len(slides)), colors, "share of the label"))
     return np.atleast_1d(np.asarray(draw(panels, ncols=2, size=size, **kwargs), dtype=object))
 
 
@@ -121,8 +141,12 @@ def expression(
     >>> sta.pl.expression(adata, "ERBB2")  # doctest: +SKIP
     """
     check_adata(adata)
-    predicted = _predicted(adata, gene, predicted_key)
-    measured = _measured(adata, gene, layer) if gene in adata.var_names else None
+    predicted = predicted_values(adata, gene, predicted_key)
+    measured, measured_units = None, ""
+    if gene in adata.var_names:
+        matrix = adata.X if layer is None else require_key(adata.layers, layer, where="adata.layers")
+        measured = measured_values(adata, gene, matrix)
+        measured_units = UNITS if _is_counts(matrix) else ""
     slides = get_slides(adata, library_key, library_id, None, Key.obsm.SPATIAL)
     panels = []
     for slide in slides:
@@ -130,11 +154,77 @@ def expression(
         text = panel_title(slide, f"{gene} predicted", len(slides))
         if measured is not None:
             truth = measured.iloc[slide.index]
-            panels.append(Panel(slide, truth, panel_title(slide, f"{gene} measured", len(slides)), _range(truth, cmap)))
+            title = panel_title(slide, f"{gene} measured", len(slides))
+            panels.append(Panel(slide, truth, title, value_range(truth, cmap), measured_units))
             text += f", r = {pearson(truth.to_numpy(), guess.to_numpy()):.2f}"
-        panels.append(Panel(slide, guess, text, _range(guess, cmap)))
+        panels.append(Panel(slide, guess, text, value_range(guess, cmap), UNITS))
     drawn = draw(panels, ncols=2 if measured is not None else 4, size=size, **kwargs)
     return np.atleast_1d(np.asarray(drawn, dtype=object))
+
+
+def quality(
+    adata: AnnData,
+    *,
+    key_added: str = Key.QUALITY,
+    library_key: str | None = None,
+    library_id: str | None = None,
+    size: float = 1.0,
+    **kwargs: Any,
+) -> np.ndarray:
+    """Show where to trust the results less: far from what the model knows, image against genes, tissue in the patch.
+
+    Parameters
+    ----------
+    adata
+        After :func:`stalign.tl.quality`.
+    key_added
+        Prefix of the columns, as in :func:`stalign.tl.quality`.
+    library_key, library_id, size
+        As in :func:`stalign.pl.spatial`.
+    **kwargs
+        For :func:`squidpy.pl.spatial_scatter`.
+
+    Returns
+    -------
+    Array of Axes: the columns that have values, of the first library, then of the next. Shares are drawn from 0 to 1,
+    the distance from 0 to at least 2 (as far as one training spot in a hundred).
+
+    Raises
+    ------
+    KeyError
+        If no column is there.
+
+    Examples
+    --------
+    >>> import stalign as sta
+    >>> sta.pl.quality(adata)  # doctest: +SKIP
+    """
+    check_adata(adata)
+    there = {what: Key.quality(what, key_added) for what in QUALITY_LOOKS}
+    there = {what: key for what, key in there.items() if key in adata.obs and adata.obs[key].notna().any()}
+    if not there:
+        raise KeyError(
+            f"None of {listing(Key.quality(what, key_added) for what in QUALITY_LOOKS)} is in `adata.obs` with values. "
+            "Run `stalign.tl.quality` first."
+        )
+    slides = get_slides(adata, library_key, library_id, None, Key.obsm.SPATIAL)
+    panels = []
+    for slide in slides:
+        for what, key in there.items():
+            look = QUALITY_LOOKS[what]
+            low, high = quality_limits(adata.obs[key], look)
+            values = adata.obs[key].iloc[slide.index].astype(np.float64).rename(key)
+            title = panel_title(slide, look.title, len(slides))
+            panels.append(Panel(slide, values, title, {"cmap": look.cmap, "vmin": low, "vmax": high}, look.label))
+    return np.atleast_1d(np.asarray(draw(panels, ncols=len(there), size=size, **kwargs), dtype=object))
+
+
+def quality_limits(values: pd.Series, look: Look) -> tuple[float, float]:
+    """Ends of the colours, the same for all libraries: a slide that the model knows well should look like one."""
+    if look.is_share:
+        return 0.0, 1.0
+    finite = values[np.isfinite(values.to_numpy(dtype=np.float64))]
+    return 0.0, max(look.high, float(np.percentile(finite, 99))) if len(finite) else look.high
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
@@ -146,7 +236,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _predicted(adata: AnnData, gene: str, key: str) -> pd.Series:
+def predicted_values(adata: AnnData, gene: str, key: str) -> pd.Series:
     """Take the prediction from the layer where it holds the gene, else from the table in ``obsm``."""
     if key in adata.layers and gene in adata.var_names:
         values = gene_column(adata.layers[key], adata.var_names.get_loc(gene))
@@ -164,8 +254,8 @@ def _predicted(adata: AnnData, gene: str, key: str) -> pd.Series:
     raise KeyError(f"Gene {gene!r} was not predicted. Available: {listing(genes)}.{near(gene, genes)}")
 
 
-def _measured(adata: AnnData, gene: str, layer: str | None) -> pd.Series:
-    matrix = adata.X if layer is None else require_key(adata.layers, layer, where="adata.layers")
+def measured_values(adata: AnnData, gene: str, matrix: Any) -> pd.Series:
+    """Return a gene of (n_obs, n_vars) ``matrix``; counts as log1p of counts per 10,000, anything else as it is."""
     values = gene_column(matrix, adata.var_names.get_loc(gene))
     if _is_counts(matrix):
         totals = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
@@ -178,7 +268,7 @@ def _is_counts(matrix: Any) -> bool:
     return bool(values.size == 0 or (values.min() >= 0 and np.array_equal(values, np.rint(values))))
 
 
-def _range(values: pd.Series, cmap: str) -> dict[str, Any]:
+def value_range(values: pd.Series, cmap: str) -> dict[str, Any]:
     """Colour limits that a few extreme spots do not set."""
     finite = values[np.isfinite(values)]
     if finite.empty:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,18 +22,18 @@ from stalign._validate import (
     near,
     require_key,
 )
-from stalign.slide._source import find_sources
+from stalign.pl._colours import distinct_colours, draw_scale_bar
+from stalign.slide._library import find_niche_record
+from stalign.slide._source import ImageSource, find_sources
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
 PICTURE_SIDE = 1600
-_PANEL_INCHES = 3.6
+PANEL_INCHES = 3.6
 _SPOT_SHARE = 0.9
 _MANY_SPOTS = 30_000
-_UNASSIGNED = "unassigned"
-_GREY = "#d3d3d3"
 _LIBRARY = "library"
 
 
@@ -46,6 +47,8 @@ class Slide:
     picture: np.ndarray | None
     picture_scale: float
     spot_px: float
+    mpp: float | None = None
+    """µm per full-resolution pixel, where the niches' record states it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Panel:
     values: pd.Series | None
     title: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    bar_label: str = ""
+    """Words beside the bar of colours: what its numbers are."""
 
 
 def spatial(
@@ -67,6 +72,7 @@ def spatial(
     library_id: str | Sequence[str] | None = None,
     image_key: str | None = None,
     image: bool = True,
+    scale_bar: bool = True,
     spatial_key: str = Key.obsm.SPATIAL,
     size: float = 1.0,
     cmap: str = "viridis",
@@ -97,6 +103,8 @@ def spatial(
         Picture in ``uns["spatial"][library]["images"]``; ``None`` takes the finest.
     image
         Whether the picture is shown.
+    scale_bar
+        Whether a bar says how large the tissue is, where :func:`stalign.pp.extract_niches` worked out the scale.
     spatial_key
         Coordinates in ``obsm``.
     size
@@ -143,14 +151,14 @@ def spatial(
             panels.append(Panel(slide, values, panel_title(slide, name, len(slides)), options))
     if title is not None:
         panels = _retitled(panels, title)
-    return draw(panels, ncols=ncols, ax=ax, size=size, **kwargs)
+    return draw(panels, ncols=ncols, ax=ax, size=size, scale_bar=scale_bar, **kwargs)
 
 
 def _retitled(panels: list[Panel], title: str | Sequence[str]) -> list[Panel]:
     titles = [title] if isinstance(title, str) else list(title)
     if len(titles) != len(panels):
         raise ValueError(f"{len(titles)} titles for {len(panels)} panels: {[panel.title for panel in panels]}.")
-    return [Panel(panel.slide, panel.values, text, panel.options) for panel, text in zip(panels, titles, strict=True)]
+    return [replace(panel, title=text) for panel, text in zip(panels, titles, strict=True)]
 
 
 def panel_title(slide: Slide, name: str | None, n_slides: int) -> str:
@@ -205,19 +213,8 @@ def colour_options(
     elif stored is not None and len(stored) == len(categories):
         colors = [str(color) for color in stored]
     else:
-        colors = _distinct_colours(categories)
+        colors = distinct_colours(categories)
     return {"colors": colors}
-
-
-def _distinct_colours(categories: Sequence[str]) -> list[str]:
-    """Different colours, grey for spots without a name."""
-    from scanpy.plotting import palettes
-
-    named = [category for category in categories if category != _UNASSIGNED]
-    pools = (palettes.vega_20_scanpy, palettes.default_28, palettes.default_102)
-    pool = next((colors for colors in pools if len(colors) >= len(named)), pools[-1])
-    chosen = {category: pool[i % len(pool)] for i, category in enumerate(named)}
-    return [chosen.get(category, _GREY) for category in categories]
 
 
 # --- slides ------------------------------------------------------------------------------------------------------
@@ -247,12 +244,30 @@ def get_slides(
     codes, names = get_library_codes(adata, library_key)
     wanted = names if library_id is None else check_choices("library_id", library_id, names)
     sources = find_sources(adata, names, None, image_key, library_key) if with_picture else {}
+    sources = {
+        name: _recorded_source(adata, name) if source.kind == "none" else source for name, source in sources.items()
+    }
     slides = []
     for name in wanted:
         index = np.flatnonzero(codes == names.index(name))
         picture, scale = _picture(sources.get(name), picture_side)
-        slides.append(Slide(name, index, coordinates[index], picture, scale, _spot_diameter(coordinates[index])))
+        diameter = _spot_diameter(coordinates[index])
+        slides.append(Slide(name, index, coordinates[index], picture, scale, diameter, _recorded_mpp(adata, name)))
     return slides
+
+
+def _recorded_source(adata: AnnData, library: str) -> ImageSource:
+    """Return the file that :func:`stalign.pp.extract_niches` was given, if it is still there."""
+    entry = (find_niche_record(adata) or {}).get("libraries", {}).get(library, {})
+    path = str(entry.get("image_path", ""))
+    if not path or not Path(path).exists():
+        return ImageSource()
+    return ImageSource("path", path=path, scale=float(entry["image_scale"]))
+
+
+def _recorded_mpp(adata: AnnData, library: str) -> float | None:
+    entry = (find_niche_record(adata) or {}).get("libraries", {}).get(library, {})
+    return float(entry["mpp"]) if "mpp" in entry else None
 
 
 def _picture(source: Any, side: int) -> tuple[np.ndarray | None, float]:
@@ -278,7 +293,13 @@ def _spot_diameter(coordinates: np.ndarray) -> float:
 
 
 def draw(
-    panels: Sequence[Panel], *, ncols: int = 4, ax: Axes | None = None, size: float = 1.0, **kwargs: Any
+    panels: Sequence[Panel],
+    *,
+    ncols: int = 4,
+    ax: Axes | None = None,
+    size: float = 1.0,
+    scale_bar: bool = True,
+    **kwargs: Any,
 ) -> Axes | np.ndarray:
     """Draw panels; return the Axes of one, or an array of Axes."""
     size = check_positive("size", size)
@@ -291,6 +312,12 @@ def draw(
         axes = new_axes(len(panels), ncols, [_aspect(panel.slide) for panel in panels])
     for panel, where in zip(panels, axes, strict=True):
         _draw_panel(panel, where, size, kwargs)
+        for bar in (shown.colorbar for shown in where.collections if shown.colorbar is not None):
+            bar.outline.set_visible(False)
+            bar.set_label(panel.bar_label, fontsize="small")
+        if scale_bar and panel.slide.mpp is not None and not kwargs.get("scalebar_dx"):
+            um_per_pixel = panel.slide.mpp / panel.slide.picture_scale
+            draw_scale_bar(where, um_per_pixel, on_picture=panel.slide.picture is not None)
     return axes[0] if len(axes) == 1 else np.array(axes, dtype=object)
 
 
@@ -300,9 +327,9 @@ def new_axes(n: int, ncols: int, aspects: Sequence[float]) -> list[Axes]:
 
     columns = min(n, ncols)
     rows = -(-n // columns)
-    height = _PANEL_INCHES * float(np.clip(np.median(aspects), 0.5, 1.6)) + 0.3
+    height = PANEL_INCHES * float(np.clip(np.median(aspects), 0.5, 1.6)) + 0.3
     figure, grid = plt.subplots(
-        rows, columns, figsize=((_PANEL_INCHES + 1.2) * columns, height * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=((PANEL_INCHES + 1.2) * columns, height * rows), layout="constrained", squeeze=False
     )
     for spare in grid.ravel()[n:]:
         figure.delaxes(spare)
@@ -368,10 +395,24 @@ def _bare(panel: Panel, size: float, colors: Sequence[str] | None) -> AnnData:
     return bare
 
 
-def _crop(ax: Axes, slide: Slide) -> None:
-    """Show the spots with a margin, not the whole glass."""
+def view(slide: Slide) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top, in pixels of the picture: the spots with a margin, not the whole glass."""
     scale = slide.picture_scale
-    low, high = slide.coordinates.min(axis=0) * scale, slide.coordinates.max(axis=0) * scale
-    margin = max(2 * slide.spot_px * scale, 0.03 * float((high - low).max()))
-    ax.set_xlim(low[0] - margin, high[0] + margin)
-    ax.set_ylim(high[1] + margin, low[1] - margin)
+    first, last = slide.coordinates.min(axis=0) * scale, slide.coordinates.max(axis=0) * scale
+    margin = max(2 * slide.spot_px * scale, 0.03 * float((last - first).max()))
+    low, high = first - margin, last + margin
+    if slide.picture is not None:
+        # No empty strip beside the picture, unless spots lie there.
+        half = 0.55 * slide.spot_px * scale
+        size = np.array(slide.picture.shape[1::-1], dtype=np.float64)
+        low, high = (
+            np.maximum(low, np.minimum(-0.5, first - half)),
+            np.minimum(high, np.maximum(size - 0.5, last + half)),
+        )
+    return float(low[0]), float(high[0]), float(high[1]), float(low[1])
+
+
+def _crop(ax: Axes, slide: Slide) -> None:
+    left, right, bottom, top = view(slide)
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from stalign.pl._colours import distinct_colours
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -46,15 +48,17 @@ def training(path: str | Path, *, smooth: int = 5) -> np.ndarray:
     log = read_training_log(path)
     terms = [str(column) for column in log.columns if str(column).startswith(_TRAIN)]
     measured = [str(column) for column in log.columns if _is_recall(str(column))]
-    figure, axes = plt.subplots(1, 1 + bool(measured), figsize=(5.5 * (1 + bool(measured)), 4), squeeze=False)
+    panels = 1 + bool(measured)
+    _, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.8), layout="constrained", squeeze=False)
+    terms.sort(key=lambda column: column != f"{_TRAIN}loss")  # the sum first
     _curves(axes[0, 0], log, terms, prefix=_TRAIN, smooth=smooth)
     axes[0, 0].set(xlabel="step", ylabel="weighted loss", title="Training", yscale="log")
     if measured:
         _curves(axes[0, 1], log, measured, prefix=_VALIDATION, smooth=1)
-        axes[0, 1].axhline(0.05, color="0.6", linestyle=":", label="chance")
+        axes[0, 1].axhline(0.05, color="0.5", linestyle=":", label="chance")
         axes[0, 1].set(xlabel="step", ylabel="recall@5%", title="Image → gene retrieval, sections not trained on")
+        axes[0, 1].set_ylim(bottom=0)
         axes[0, 1].legend(frameon=False, fontsize="small")
-    figure.tight_layout()
     return axes[0]
 
 
@@ -75,10 +79,20 @@ def _is_recall(column: str) -> bool:
 
 
 def _curves(axes: Axes, log: pd.DataFrame, columns: list[str], *, prefix: str, smooth: int) -> None:
+    colours = distinct_colours([column for column in columns if column != f"{_TRAIN}loss"])
     for column in columns:
+        is_sum = column == f"{_TRAIN}loss"
         values = log.dropna(subset=column)
         curve = values[column].rolling(smooth, min_periods=1).mean()
         label = column.removeprefix(prefix).removesuffix(f"/{_RECALL}")
-        axes.plot(values["step"], curve, label=label, color="black" if label == "loss" else None)
-    axes.legend(fontsize="small", loc="best")
+        axes.plot(
+            values["step"],
+            curve,
+            label="loss (sum)" if is_sum else label,
+            color="black" if is_sum else colours.pop(0),
+            linewidth=2.2 if is_sum else 1.5,
+        )
+    axes.legend(frameon=False, fontsize="small", loc="best")
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -175,3 +175,55 @@ def test_real_sections(real_section, name):
     assert len(ax.images) == bool(adata.uns["metadata"]["has_image"])
     if adata.uns["metadata"]["has_image"]:
         assert len(sta.pl.niches(adata)) == 9
+
+
+def test_scale_bar_has_its_length(adata):
+    ax = sta.pl.spatial(adata, color="region")
+    (bar,) = ax.get_lines()
+    # 0.5 µm per full-resolution pixel and a quarter of it in the picture: 2 µm per picture pixel.
+    (label,) = [text.get_text() for text in ax.texts]
+    number, unit = label.split()
+    assert np.ptp(bar.get_xdata()) * 2.0 == pytest.approx(float(number) * {"µm": 1, "mm": 1000}[unit])
+    assert np.ptp(bar.get_xdata()) <= abs(np.diff(ax.get_xlim())[0]) / 4
+    assert not sta.pl.spatial(adata, color="region", scale_bar=False).get_lines()
+
+
+def test_no_scale_bar_where_the_scale_is_unknown(hexagonal):
+    assert not sta.pl.spatial(hexagonal, color="ERBB2").get_lines()
+
+
+def test_the_view_ends_with_the_picture(adata):
+    ax = sta.pl.spatial(adata)
+    (x0, x1), (y1, y0) = ax.get_xlim(), ax.get_ylim()
+    height, width = adata.uns["spatial"]["S1"]["images"]["hires"].shape[:2]
+    assert x0 >= -0.5
+    assert y0 >= -0.5
+    assert x1 <= width - 0.5
+    assert y1 <= height - 0.5
+    adata.obsm["spatial"] = adata.obsm["spatial"] - 500.0  # spots beside the picture stay in view
+    x, y = adata.obsm["spatial"].min(axis=0) * 0.25
+    ax = sta.pl.spatial(adata)
+    assert ax.get_xlim()[0] < x
+    assert ax.get_ylim()[1] < y
+
+
+def test_quality(adata):
+    with pytest.raises(KeyError, match=r"stalign_ood.*tl\.quality"):
+        sta.pl.quality(adata)
+    adata.obs["stalign_ood"] = np.linspace(0, 0.8, 81)
+    adata.obs["stalign_agreement"] = np.linspace(0.3, 0.6, 81)
+    adata.obs["stalign_tissue"] = np.nan
+    axes = sta.pl.quality(adata)
+    assert [ax.get_title() for ax in axes] == ["Far from what the model knows", "Image and genes agree"]
+    # A slide that the model knows well is dark, and shares are drawn from 0 to 1.
+    assert spots(axes[0]).get_clim() == (0, 2)
+    assert spots(axes[1]).get_clim() == (0, 1)
+    np.testing.assert_allclose(spots(axes[0]).get_array(), np.linspace(0, 0.8, 81))
+    adata.obs["stalign_ood"] = 7.0
+    assert spots(sta.pl.quality(adata)[0]).get_clim() == (0, 7)
+
+
+def test_bars_say_their_units(adata):
+    adata.obsm["stalign_predicted"] = pd.DataFrame({"ERBB2": np.arange(81.0)}, index=adata.obs_names)
+    bars = [spots(ax).colorbar for ax in sta.pl.expression(adata, "ERBB2")]
+    assert [bar.ax.get_ylabel() for bar in bars] == ["log1p of counts per 10,000"] * 2

@@ -24,7 +24,7 @@ def log(tmp_path):
 def test_curves_show_the_logged_values(log):
     axes = sta.pl.training(log, smooth=1)
     lines = {line.get_label(): line.get_ydata().tolist() for line in axes[0].get_lines()}
-    assert lines == {"loss": [3, 2, 1], "spot": [1.5, 1, 0.5]}
+    assert lines == {"loss (sum)": [3, 2, 1], "spot": [1.5, 1, 0.5]}
     assert axes[1].get_lines()[0].get_ydata().tolist() == [0.1, 0.2]
     plt.close("all")
 
