@@ -9,12 +9,12 @@ from stalign import _logging
 from stalign._settings import settings
 
 if TYPE_CHECKING:
-    from stalign import datasets, genes, io, models, pl, pp, slide, tl, train
+    from stalign import benchmark, datasets, genes, io, models, pl, pp, slide, tl, train
 
 __version__ = "0.1.0"
 
 # Rooms are imported when first used: torch, squidpy and matplotlib cost seconds, `import stalign` should not.
-_ROOMS = ("datasets", "genes", "io", "models", "pl", "pp", "slide", "tl", "train")
+_ROOMS = ("benchmark", "datasets", "genes", "io", "models", "pl", "pp", "slide", "tl", "train")
 
 __all__ = ["__version__", "settings", *_ROOMS]
 

@@ -14,8 +14,20 @@ def code_cells(notebook: Path) -> list[dict]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def test_there_are_tutorials():
-    assert NOTEBOOKS
+def test_every_tutorial_is_in_the_documentation_in_order():
+    assert len(NOTEBOOKS) >= 6
+    index = (FOLDER.parent / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = [line.strip() for line in index.splitlines() if line.startswith("generated/tutorials/")]
+    assert listed == [f"generated/tutorials/{path.stem}" for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_and_says_that_its_slide_is_synthetic(notebook):
+    text = notebook.read_text(encoding="utf-8")
+    assert len(text.encode()) < 1_000_000
+    assert "**synthetic**" in text
+    assert "STALIGN_SECTION" in text
+    assert not [place for place in ("/home/", "/root/", "/tmp/", "/Users/") if place in text]  # noqa: S108
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -34,6 +46,7 @@ def test_cells_run_in_order(notebook, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STALIGN_SECTION", raising=False)
+    monkeypatch.delenv("STALIGN_REFERENCE", raising=False)
     namespace: dict[str, object] = {"__name__": "notebook"}
     for number, cell in enumerate(code_cells(notebook), start=1):
         exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec"), namespace)  # noqa: S102

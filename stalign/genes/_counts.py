@@ -51,6 +51,8 @@ def check_counts(X: Any, *, name: str = "X") -> None:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.genes import check_counts
     >>> check_counts(np.array([[0, 3], [2, 1]]), name="adata.X")
     """
     for start, values in _blocks(X):
@@ -144,6 +146,8 @@ def input_kind(X: Any) -> str:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.genes import input_kind
     >>> input_kind(np.array([[0.0, 1.4], [2.1, 0.0]]))
     'log1p'
     """
@@ -172,6 +176,13 @@ def library_size(X: Any) -> np.ndarray:
     Returns
     -------
     Shape (n_spots,), float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stalign.genes import library_size
+    >>> library_size(np.array([[1, 0, 2], [0, 4, 0]])).tolist()
+    [3.0, 4.0]
     """
     return np.asarray(X.sum(axis=1, dtype=np.float64)).ravel()
 
@@ -194,6 +205,14 @@ def aggregate(counts: Any, match: GeneMatch) -> sparse.csr_matrix:
     ------
     ValueError
         If ``counts`` has not one column for each name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stalign.genes import aggregate, match_names
+    >>> match = match_names(["HER2", "ERBB2", "CD3E"], ["CD3E", "ERBB2"])  # HER2 is another name of ERBB2
+    >>> aggregate(np.array([[1, 5, 2]]), match).toarray().tolist()
+    [[2.0, 6.0]]
     """
     if counts.shape[1] != len(match.names):
         raise ValueError(f"counts has {counts.shape[1]} columns, but {len(match.names)} names were matched.")
@@ -238,6 +257,8 @@ def normalise_log1p(counts: Any, *, target_sum: float = 1e4, totals: np.ndarray 
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from stalign.genes import normalise_log1p
     >>> normalise_log1p(np.array([[1, 3]]), target_sum=4).toarray()
     array([[0.6931472, 1.3862944]], dtype=float32)
     """
@@ -270,6 +291,13 @@ def row_normalise(connectivities: Any) -> sparse.csr_matrix:
     ------
     ValueError
         If a weight is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stalign.genes import row_normalise
+    >>> row_normalise(np.array([[1, 1], [0, 1]])).toarray().tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
     """
     matrix = _csr(connectivities)
     if not (np.isfinite(matrix.data) & (matrix.data >= 0)).all():
@@ -296,6 +324,13 @@ def niche_mean(connectivities: Any, expression: Any) -> Any:
     ------
     ValueError
         If the two do not speak of the same spots.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stalign.genes import niche_mean
+    >>> niche_mean(np.array([[1, 1], [0, 1]]), np.array([[2.0, 0.0], [4.0, 6.0]])).tolist()
+    [[3.0, 3.0], [4.0, 6.0]]
     """
     if connectivities.shape[1] != expression.shape[0]:
         raise ValueError(

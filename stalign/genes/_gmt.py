@@ -38,11 +38,28 @@ def parse_gmt(text: str, *, what: str = "The GMT text") -> dict[str, tuple[str, 
 
     Lines that are blank or start with ``#`` are skipped; a gene named twice in a set counts once.
 
+    Parameters
+    ----------
+    text
+        The content of a GMT file.
+    what
+        How messages call it.
+
+    Returns
+    -------
+    Set → its genes, in the text's order.
+
     Raises
     ------
     ValueError
         For a line with fewer than three fields, a set with no name or no genes, a name used twice, or no set at all;
         the message names the line.
+
+    Examples
+    --------
+    >>> from stalign.genes import parse_gmt
+    >>> parse_gmt(chr(9).join(["T CELL", "markers", "CD3E", "CD2"]))
+    {'T CELL': ('CD3E', 'CD2')}
     """
     sets: dict[str, tuple[str, ...]] = {}
     first_line: dict[str, int] = {}
@@ -72,6 +89,11 @@ def parse_gmt(text: str, *, what: str = "The GMT text") -> dict[str, tuple[str, 
 def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read gene sets from a GMT file.
 
+    Parameters
+    ----------
+    path
+        Tab-separated text, a line per set: name, description, genes.
+
     Returns
     -------
     Set → its genes, in the file's order.
@@ -82,6 +104,11 @@ def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
         If there is no such file.
     ValueError
         If a line is malformed, a set is empty, or a name occurs twice; the message names the line.
+
+    Examples
+    --------
+    >>> from stalign.genes import read_gmt
+    >>> gene_sets = read_gmt("my_sets.gmt")  # doctest: +SKIP
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -97,6 +124,10 @@ def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
 def hallmark() -> GeneSets:
     """Return 25 of the MSigDB hallmark gene sets, name → symbols (Liberzon et al. 2015; MSigDB, CC BY 4.0).
 
+    Returns
+    -------
+    Set → its gene symbols; read-only.
+
     Examples
     --------
     >>> from stalign.genes import hallmark
@@ -110,10 +141,27 @@ def hallmark() -> GeneSets:
 def select_sets(gene_sets: GeneSets, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the named sets, in the order of ``names``.
 
+    Parameters
+    ----------
+    gene_sets
+        Set → genes.
+    names
+        Which of them; a string is one name.
+
+    Returns
+    -------
+    Set → its genes.
+
     Raises
     ------
     ValueError
         For a name that does not exist (with the nearest that does), one named twice, or none at all.
+
+    Examples
+    --------
+    >>> from stalign.genes import hallmark, select_sets
+    >>> list(select_sets(hallmark(), ["HALLMARK_HYPOXIA", "HALLMARK_ANGIOGENESIS"]))
+    ['HALLMARK_HYPOXIA', 'HALLMARK_ANGIOGENESIS']
     """
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
@@ -138,10 +186,20 @@ def gene_set_coverage(
     minimum
         Least share of a set's genes that must be there.
 
+    Returns
+    -------
+    :class:`GeneSetCoverage`.
+
     Raises
     ------
     ValueError
         If a set has a smaller share in the vocabulary; the message names the sets with the least.
+
+    Examples
+    --------
+    >>> from stalign.genes import gene_set_coverage
+    >>> gene_set_coverage({"T cell": ["CD3E", "CD2"]}, ["CD3E", "CD2", "ERBB2"]).share
+    {'T cell': 1.0}
     """
     known = set(vocabulary)
     share = {name: sum(gene in known for gene in genes) / max(len(genes), 1) for name, genes in gene_sets.items()}

@@ -44,6 +44,7 @@ class GeneMatch:
 
     Examples
     --------
+    >>> from stalign.genes import match_names
     >>> match = match_names(["HN1", "TP53", "ENSG00000146648.19"], ["EGFR", "JPT1"])
     >>> match.index
     array([ 1, -1,  0])
@@ -197,6 +198,7 @@ def match_names(
 
     Examples
     --------
+    >>> from stalign.genes import match_names
     >>> match_names(["SELM", "Actb"], ["ACTB", "SELENOM"]).genes
     array(['SELENOM', ''], dtype=object)
     >>> match_names(["Actb", "Erbb2"], ["ACTB", "ERBB2"], organism="mouse").genes

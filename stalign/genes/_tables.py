@@ -102,7 +102,18 @@ def hgnc() -> Hgnc:
 
 
 def protein_coding_genes() -> tuple[str, ...]:
-    """Return the approved symbols of all protein-coding genes of HGNC, those of lymphocyte receptors included."""
+    """Return the approved symbols of all protein-coding genes of HGNC, those of lymphocyte receptors included.
+
+    Returns
+    -------
+    Symbols, in the order of the table.
+
+    Examples
+    --------
+    >>> from stalign.genes import protein_coding_genes
+    >>> "ERBB2" in protein_coding_genes()
+    True
+    """
     return tuple(hgnc().protein_coding)
 
 
