@@ -57,9 +57,9 @@ def annotation(
 
     Returns
     -------
-    Rows of macro-F1 over the labels offered, and the ratio to the better of two ways to guess
-    (:func:`guessing_bar`): the largest class everywhere, and answers drawn by the shares of the classes. None for a
-    section with fewer than two labels.
+    Rows of macro-F1 over the labels offered, of its ratio to the better of two ways to guess (:func:`guessing_bar`),
+    the largest class everywhere and answers drawn by the shares of the classes, and for the model's answers of the
+    expected calibration error of their confidence. None for a section with fewer than two labels.
 
     Examples
     --------
@@ -112,6 +112,20 @@ def _score(section: Section, what: str, method: str, found: np.ndarray, offered:
     ]
 
 
+def _score_annotation(section: Section, what: str, method: str, offered: Sequence[str]) -> list[Row]:
+    """Scores of what the model has just written, and how far its confidence is from how often it is right."""
+    from stalign.tl._calibration import reliability
+
+    found = section.adata.obs["stalign_annotation"].astype(str).to_numpy()
+    confidence = section.adata.obs["stalign_annotation_confidence"].to_numpy()
+    kept = np.isin(section.names, list(offered)) & np.isfinite(confidence)
+    rows = _score(section, what, method, found, offered)
+    if kept.any():
+        error = reliability(confidence[kept], found[kept] == section.names[kept]).ece
+        rows.append(Row(TASK, f"calibration error, {what}", section.name, method, error, n=int(kept.sum())))
+    return rows
+
+
 def _square(tables: np.ndarray, n: int) -> np.ndarray:
     """Give tables all classes as rows, and all answers and "another" as columns."""
     full = np.zeros((len(tables), n, n + 1))
@@ -142,8 +156,7 @@ def _by_markers(
         if wanted(method, methods) and (modality != "image" or section.has_image):
             key = section.embed(model)
             tl.zero_shot_annotate(section.adata, dict(offered), modality=modality, model=model, use_rep=key)
-            found = section.adata.obs["stalign_annotation"].astype(str).to_numpy()
-            rows += _score(section, "markers", method, found, labels)
+            rows += _score_annotation(section, "markers", method, labels)
     return rows
 
 
@@ -187,8 +200,7 @@ def _by_reference(
             model=model,
             use_rep=section.embed(model),
         )
-        found = section.adata.obs["stalign_annotation"].astype(str).to_numpy()
-        rows += _score(section, "reference", method, found, shared)
+        rows += _score_annotation(section, "reference", method, shared)
     return rows
 
 

@@ -28,6 +28,8 @@ labelled spots again. It says how far the figure depends on the spots or genes o
 this section, not on the patient. All values, one a line, are in the `.csv` beside this page.
 """
 
+# Tables that come before the others of their task.
+_FIRST: Final = ("ARI",)
 _TITLES: Final = {
     "domains": "Domains",
     "genes": "Genes from histology",
@@ -73,7 +75,9 @@ Macro-F1 over the labels that are offered; "undetermined" spots are not scored.
   section, the sections of the other donor stand in.
 - **over guessing**: over the better of two ways to guess, the largest class everywhere and answers drawn by
   the shares of the classes. Guessing by the shares has an expected macro-F1 of one over the number of
-  classes.""",
+  classes.
+- **calibration error**: expected difference between the confidence of an answer and the share of such answers
+  that are right (ten bins); lower is better.""",
     "few-shot": """\
 Logistic regression on 1, 5, 10 or 50 labelled spots of each class (half of a class at most), scored on the
 other spots of the same section; mean of ten draws, the same for all methods. All representations are reduced
@@ -114,7 +118,7 @@ def to_markdown(table: pd.DataFrame, *, command: str = "") -> str:
     for task, block in table.groupby("task", sort=False):
         parts.append(f"## {_TITLES.get(str(task), task)}\n\n{_TEXTS.get(str(task), '')}\n")
         parts.append("\n".join(f"- `{name}`: {METHODS[name]}" for name in _methods(block) if name in METHODS) + "\n")
-        for metric, values in block.groupby("metric", sort=False):
+        for metric, values in sorted(block.groupby("metric", sort=False), key=lambda part: part[0] not in _FIRST):
             parts.append(f"### {_TITLES.get(str(task), task)}: {metric}\n\n{_wide(values)}\n")
     return "\n".join(parts)
 

@@ -49,11 +49,7 @@ def _published() -> ModelConfig:
 
 def _mini() -> ModelConfig:
     """The same four branches for slides read on a laptop; the bundled ``stalign-mini`` is trained from it."""
-    image = BranchConfig(
-        "colour-cnn",
-        {"model": "resnet10t", "model_args": {"channels": [24, 48, 96, 128], "stem_width": 12}},
-        TokenConfig("linear"),
-    )
+    image = BranchConfig("filter-bank", {}, TokenConfig("linear"))
     gene = BranchConfig("slide-profile", {"dim": 256}, TokenConfig("linear"))
     return ModelConfig(
         name="mini",
@@ -67,11 +63,11 @@ def _mini() -> ModelConfig:
         n_tokens=4,
         width=128,
         fusion=FusionConfig(heads=4, head_dim=32, hidden=64, dropout=0.1, residual=True, norm=False),
-        heads=HeadsConfig(hidden=256, out=256, niche=True, skip=True),
+        heads=HeadsConfig(hidden=None, out=256, niche=True),
         missing="tokens",
         colour="library",
         unit_fused=False,
-        niche_bypass=True,
+        bypass=True,
     )
 
 
@@ -88,6 +84,10 @@ class Available(NamedTuple):
 
 def available() -> Available:
     """Return the names of the models that come with weights, and of the configs without.
+
+    Returns
+    -------
+    :class:`Available`: ``models`` and ``configs``, tuples of names.
 
     Examples
     --------
@@ -148,6 +148,20 @@ def _folder(name: str | Path, *, revision: str | None = None, local_files_only: 
 def config(name: str | Path) -> ModelConfig:
     """Return a config by name (``"paper"``, ``"published"``, a bundled model) or from a model folder.
 
+    Parameters
+    ----------
+    name
+        As in :func:`load`, or the name of a config.
+
+    Returns
+    -------
+    :class:`ModelConfig`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, with the near ones.
+
     Examples
     --------
     >>> from stalign import models
@@ -167,12 +181,38 @@ def geometry(name: str | Path) -> Geometry:
     ----------
     name
         As in :func:`load`, or the name of a config.
+
+    Returns
+    -------
+    :class:`Geometry`: neighbours of a niche, µm and pixels of the patches.
+
+    Examples
+    --------
+    >>> from stalign import models
+    >>> models.geometry("paper").niche_um
+    200.0
     """
     return config(name).geometry
 
 
 def vocabulary(name: str | Path) -> tuple[str, ...]:
-    """Return the gene symbols of a model, without loading it."""
+    """Return the gene symbols of a model, without loading it.
+
+    Parameters
+    ----------
+    name
+        As in :func:`load`.
+
+    Returns
+    -------
+    Symbols, in the order of the model's inputs.
+
+    Examples
+    --------
+    >>> from stalign import models
+    >>> "ERBB2" in models.vocabulary("stalign-mini")
+    True
+    """
     return read_genes_file(_folder(name)[0])
 
 
@@ -189,12 +229,22 @@ def load(name: str | Path, *, revision: str | None = None, local_files_only: boo
     local_files_only
         Never touch the network. ``None``: as the environment says (``HF_HUB_OFFLINE``).
 
+    Returns
+    -------
+    The model in evaluation mode.
+
     Raises
     ------
     ValueError
         For an unknown name (with the near ones) and for files that are damaged or do not fit each other.
     FileNotFoundError
         For a folder that does not exist or lacks a file.
+
+    Examples
+    --------
+    >>> from stalign import models
+    >>> models.load("stalign-mini").config.name
+    'stalign-mini'
     """
     from stalign.models._checkpoint import load_folder
 

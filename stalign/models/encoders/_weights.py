@@ -68,6 +68,12 @@ def load_image_encoder(
         If the weights are not there.
     ValueError
         If they are damaged or belong to another architecture.
+
+    Examples
+    --------
+    >>> from stalign.models.encoders import load_image_encoder
+    >>> uni = load_image_encoder("uni", weights="UNI/")  # doctest: +SKIP
+    >>> features = uni(uni.preprocess(patches))  # doctest: +SKIP
     """
     # Found before a network of gigabytes is built.
     found = find_weights(name, args.get("model"), weights, revision=revision, local_files_only=local_files_only)
