@@ -23,7 +23,7 @@ import stalign as sta
 from stalign.benchmark._metrics import pearson
 from stalign.genes import normalise_log1p
 from stalign.models.encoders import _slide_profile
-from stalign.models.encoders._slide_profile import STEPS
+from stalign.models.encoders._slide_profile import STEPS, autocorrelation
 from stalign.pp._prepare import prepare_config
 from stalign.train._config import PretrainConfig
 from tests.benchmarks.simulated import simulate
@@ -97,6 +97,17 @@ def no_autocorrelation(graph: object, expression: object) -> tuple[np.ndarray, n
     return np.ones(n_genes), np.zeros(n_genes)
 
 
+def powered(power: float) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Autocorrelations to a power, which the profile then takes to its own."""
+
+    def weights(graph: object, expression: object) -> tuple[np.ndarray, np.ndarray]:
+        found, error = autocorrelation(graph, expression)
+        above = np.maximum(found - 1.5 * error, 0.0)
+        return above**power, np.zeros_like(above)
+
+    return weights
+
+
 ONE, NICHE = [1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]
 PROFILE: dict[str, tuple[dict[str, Callable[..., object]], tuple[str, ...]]] = {
     "as shipped": ({}, ("spot", "niche")),
@@ -107,7 +118,8 @@ PROFILE: dict[str, tuple[dict[str, Callable[..., object]], tuple[str, ...]]] = {
         {"_learn_smoothing": fixed(ONE, [0, 0, 0, 0, 1.0])},
         ("spot", "niche"),
     ),
-    "genes not weighted": ({"autocorrelation": no_autocorrelation}, ("spot", "niche")),
+    "all genes alike": ({"autocorrelation": no_autocorrelation}, ("spot", "niche")),
+    "genes by their autocorrelation itself": ({"autocorrelation": powered(4.0)}, ("spot", "niche")),
 }
 
 

@@ -150,7 +150,7 @@ def test_page_shows_the_results_of_the_slide(page, slide):
     for label in MARKERS:
         assert label in page.text
     r = float(slide.var.loc["COL1A1", "stalign_predicted_r"])
-    assert f"COL1A1, predicted · r = {r:.2f}" in page.text
+    assert f"COL1A1, predicted · r = {r:.2f}".replace("-", "−") in page.text
     assert "ERBB2, predicted" not in page.text
     assert "made before" in page.text
 

@@ -109,10 +109,16 @@ def test_shuffled_genes_are_far(section, measured, known):
 
 
 def test_agreement_is_lost_when_genes_change_places(section, measured, known):
-    section.X = section.X[np.random.default_rng(0).permutation(section.n_obs)]
-    sta.tl.quality(section, model=known)
-    assert abs(section.obs["stalign_agreement"].mean() - 0.5) < 0.1
-    assert measured.obs["stalign_agreement"].mean() > section.obs["stalign_agreement"].mean() + 0.1
+    counts, means = section.X, []
+    for seed in range(5):
+        section.X = counts[np.random.default_rng(seed).permutation(section.n_obs)]
+        sta.tl.quality(section, model=known)
+        means.append(section.obs["stalign_agreement"].mean())
+    # Few hundred spots have few independent ones: a single shuffle may lean to either side.
+    assert abs(np.mean(means) - 0.5) < 0.1
+    own = measured.obs["stalign_agreement"].mean()
+    assert own > max(means)
+    assert own > np.mean(means) + 0.1
 
 
 def test_what_is_missing_is_made_and_not_kept(section, measured, known):

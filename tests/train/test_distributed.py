@@ -77,9 +77,9 @@ def test_two_processes_have_loss_and_gradients_of_one(runs, variant):
         assert (2 * shared["rows"] == alone["rows"]).all()
         np.testing.assert_allclose(shared["loss"], alone["loss"], rtol=1e-5)
         # Later steps add what rounding did to the weights before.
-        scale = np.abs(alone["gradients"][0]).max()
-        np.testing.assert_allclose(shared["gradients"][0] / scale, alone["gradients"][0] / scale, atol=1e-5)
-        np.testing.assert_allclose(shared["gradients"] / scale, alone["gradients"] / scale, atol=2e-3)
+        for step, (two, one) in enumerate(zip(shared["gradients"], alone["gradients"], strict=True)):
+            scale = np.abs(one).max()
+            np.testing.assert_allclose(two / scale, one / scale, atol=2e-3 if step else 1e-5)
     first, second = (models.load(runs / f"{name}-{number}").state_dict() for name in ("one", "two"))
     for name in first:
         np.testing.assert_allclose(first[name].float(), second[name].float(), atol=2e-3, err_msg=name)

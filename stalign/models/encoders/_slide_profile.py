@@ -90,14 +90,15 @@ class SlideProfile(GeneEncoder):
 
     Every step before the network uses the slide's own statistics and no label. Counts are normalised to 10,000 and
     log1p. Each gene is divided by its standard deviation and weighted by its autocorrelation: Moran's I over the niche
-    graph without the spot itself, less what chance may leave (``min_z`` standard errors); the ``n_genes`` with the
-    highest are kept. The leading components of what is smooth over the tissue are taken, and averaged over walks on the
-    niche graph of 0, 1, 2, 4 and 8 steps. By how much each of these enters is learned from the slide: the counts are
-    split into two independent halves, and the weights are those with which one half predicts the other best, its spots
-    for the profile of a spot and its niche means for that of a niche. So a slide with deep counts and fine structure is
-    averaged little, a shallow one with broad layers much. The components are laid along the fixed directions of their
-    genes, so that slides with different genes land in one space. The directions of a slide's components are turned
-    against each other as little as makes them orthogonal, so that distances are kept exactly.
+    graph without the spot itself, less what chance may leave (``min_z`` standard errors), to the ``power``; the
+    ``n_genes`` with the highest are kept. The leading components of what is smooth over the tissue are taken, and
+    averaged over walks on the niche graph of 0, 1, 2, 4 and 8 steps. By how much each of these enters is learned from
+    the slide: the counts are split into two independent halves, and the weights are those with which one half predicts
+    the other best, its spots for the profile of a spot and its niche means for that of a niche. So a slide with deep
+    counts and fine structure is averaged little, a shallow one with broad layers much. The components are laid along
+    the fixed directions of their genes, so that slides with different genes land in one space. The directions of a
+    slide's components are turned against each other as little as makes them orthogonal, so that distances are kept
+    exactly.
 
     Parameters
     ----------
@@ -113,6 +114,8 @@ class SlideProfile(GeneEncoder):
         Genes of a slide that have a part in its components, at most.
     min_z
         Standard errors of chance that are taken off a gene's autocorrelation.
+    power
+        Power of what is left that weights a gene: the lower, the less the few genes that stand out rule the profile.
     max_fit
         Spots that a slide's statistics are taken from, at most; of a larger slide, those of patches spread over it.
     seed
@@ -130,6 +133,7 @@ class SlideProfile(GeneEncoder):
         n_components: int = 32,
         n_genes: int = 2000,
         min_z: float = 1.5,
+        power: float = 0.25,
         max_fit: int = 20_000,
         seed: int = 0,
     ) -> None:
@@ -138,6 +142,7 @@ class SlideProfile(GeneEncoder):
         self.n_components = check_positive("n_components", n_components, integer=True)
         self.n_genes = check_positive("n_genes", n_genes, integer=True)
         self.min_z = check_positive("min_z", min_z)
+        self.power = check_positive("power", power)
         self.max_fit = check_positive("max_fit", max_fit, integer=True)
         self.seed = seed
         self.adapter = nn.Sequential(
@@ -281,9 +286,9 @@ class SlideProfile(GeneEncoder):
         expression = _cut(expression, ceiling)
         sd = _moments(expression)[1]
         correlation, error = autocorrelation(graph, expression)
-        weight = np.maximum(correlation - self.min_z * error, 0.0)
+        weight = np.maximum(correlation - self.min_z * error, 0.0) ** self.power
         if np.count_nonzero(weight) < _FEW_GENES:
-            weight = np.maximum(correlation, 0.0)
+            weight = np.maximum(correlation, 0.0) ** self.power
         if not weight.any():
             weight = np.ones(len(genes))
         scale = _safe_ratio(weight, sd)
