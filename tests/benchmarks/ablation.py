@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from unittest.mock import patch
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ablation.md"), help="a .csv is written beside it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parts", nargs="+", choices=["profile", "network"], default=["profile", "network"])
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of what to leave out or replace")
     arguments = parser.parse_args()
     sta.settings.progress = False
     sta.settings.verbosity = "WARNING"
@@ -139,9 +141,9 @@ def main() -> None:
         before = pd.read_csv(kept)
         rows += before[~before["part"].isin(arguments.parts)].to_dict("records")
     if "profile" in arguments.parts:
-        rows += profile_rows(arguments.data, arguments.seeds)
+        rows += profile_rows(arguments.data, arguments.seeds, arguments.methods)
     if "network" in arguments.parts:
-        rows += network_rows(arguments.data, arguments.seeds)
+        rows += network_rows(arguments.data, arguments.seeds, arguments.methods)
     table = pd.DataFrame(rows)
     table.to_csv(kept, index=False)
     arguments.out.write_text(to_markdown(table, arguments), encoding="utf-8")
@@ -156,7 +158,11 @@ def labelled(data: Path, name: str) -> tuple[ad.AnnData, np.ndarray]:
     return adata, adata.obs["annotation"].astype(str).to_numpy()
 
 
-def profile_rows(data: Path, seeds: list[int]) -> list[dict[str, object]]:
+def wanted(method: str, patterns: list[str]) -> bool:
+    return any(fnmatch(method, pattern) for pattern in patterns)
+
+
+def profile_rows(data: Path, seeds: list[int], methods: list[str]) -> list[dict[str, object]]:
     model = sta.models.load("stalign-mini")
     source = data / "crc_visium" / "CRC_16.h5ad"
     rows = []
@@ -167,6 +173,8 @@ def profile_rows(data: Path, seeds: list[int]) -> list[dict[str, object]]:
             slides[f"simulated {kind}/{number}"] = adata, adata.obs["domain"].to_numpy()
         for name, (adata, truth) in slides.items():
             for method, (functions, levels) in PROFILE.items():
+                if not wanted(method, methods):
+                    continue
                 with changed(**functions):
                     value = ari(profiles(model, adata, levels), truth, seed)
                 group = "simulated" if name.startswith("simulated") else name
@@ -199,7 +207,7 @@ def ari(values: np.ndarray, truth: np.ndarray, seed: int) -> float:
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-def network_rows(data: Path, seeds: list[int]) -> list[dict[str, object]]:
+def network_rows(data: Path, seeds: list[int], methods: list[str]) -> list[dict[str, object]]:
     from stalign import train
 
     rows = []
@@ -210,7 +218,7 @@ def network_rows(data: Path, seeds: list[int]) -> list[dict[str, object]]:
         kept = [section for section in sections if section.patient != LEFT_OUT]
         genes = (folder / "genes.txt").read_text(encoding="utf-8").split()
         for method, changes in NETWORK.items():
-            for seed in seeds:
+            for seed in seeds if wanted(method, methods) else ():
                 out = Path(scratch) / "model"
                 config = replace(varied(base, changes), seed=seed, out=str(out))
                 model = sta.models.load(str(train.pretrain(config, kept, genes=genes)))
