@@ -57,7 +57,7 @@ def annotation(
 
     Returns
     -------
-    Rows of macro-F1 over the labels offered, of its ratio to the better of two ways to guess (:func:`guessing_bar`),
+    Rows of macro-F1 over the labels offered, of its ratio to the better of two ways to guess (``guessing_bar``),
     the largest class everywhere and answers drawn by the shares of the classes, and for the model's answers of the
     expected calibration error of their confidence. None for a section with fewer than two labels.
 
