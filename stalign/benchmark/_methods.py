@@ -77,7 +77,7 @@ def kmeans(values: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def tied_mixture(values: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """(rows,) components of a Gaussian mixture with one covariance, the best of ten starts as in `tl`."""
+    """(rows,) components of a Gaussian mixture with one covariance, the best of ten starts."""
     from sklearn.mixture import GaussianMixture
 
     # The scale is that of the first component, so that the regularisation of the covariance is relative to it.

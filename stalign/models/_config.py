@@ -222,16 +222,21 @@ class HeadsConfig:
 class PredictionConfig:
     """The head that maps the aligned embeddings in ``inputs`` to the expression of ``n_genes`` vocabulary genes.
 
-    ``levels`` are the coverages, ascending, whose intervals' half-widths are stored with it.
+    ``levels`` are the coverages, ascending, whose intervals' half-widths are stored with it. ``niche_share`` is the
+    share of the niche's mean in what is predicted for a spot.
     """
 
     n_genes: int
     inputs: tuple[str, ...] = ("spot_image", "niche_image")
     hidden: int | None = None
     levels: tuple[float, ...] = ()
+    niche_share: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive("n_genes", self.n_genes, integer=True)
+        share = self.niche_share
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"niche_share must be a number in [0, 1], got {share!r}.")
         object.__setattr__(self, "inputs", check_choices("inputs", self.inputs, (*BRANCHES, "spot", "niche")))
         if self.hidden is not None:
             check_positive("hidden", self.hidden, integer=True)
@@ -269,7 +274,8 @@ class ModelConfig:
 
     ``unit_fused`` says whether the fused embeddings are scaled to unit norm, as those of a purely contrastive model
     should be; a model that was trained to keep distances leaves their length as it is. ``bypass`` adds the gene
-    encoders' inputs to the fused embeddings of spot and niche, so that the network learns what to add to them.
+    encoders' inputs to the gene sides and to the fused embeddings of spot and niche, so that the network learns what to
+    add to them.
 
     Examples
     --------

@@ -30,12 +30,18 @@ class ProjectionHead(nn.Module):
             for parameter in [] if layer is None else layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Map (n, T, width) to (n, out)."""
-        pooled = tokens.flatten(1) if self.pool == "flatten" else tokens.mean(dim=1)
+    def pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map (n, T, width) to what the layers take: the tokens side by side, or their mean."""
+        return tokens.flatten(1) if self.pool == "flatten" else tokens.mean(dim=1)
+
+    def forward(self, tokens: torch.Tensor, bypass: torch.Tensor | None = None) -> torch.Tensor:
+        """Map (n, T, width) to (n, out); ``bypass`` (n, out) is added before the embedding is normalised."""
+        pooled = self.pooled(tokens)
         projected = self.mlp(pooled)
         if self.skip is not None:
             projected = projected + self.skip(pooled)
+        if bypass is not None:
+            projected = projected + bypass.to(projected.dtype)
         return nn.functional.normalize(projected, dim=-1) if self.normalise else projected
 
 
@@ -47,6 +53,9 @@ class GenePrediction(nn.Module):
     the residuals on held-out slides; ``centre`` (dim · inputs,), the mean features of the training slides;
     ``half_widths`` (levels, n_genes), where the config names levels: conformal quantiles of the absolute residuals on
     held-out patients.
+
+    ``niche_share`` is for the caller, who has the graph: by how much the features' mean over the niche takes the place
+    of the spot's own.
     """
 
     gene_index: torch.Tensor
@@ -59,6 +68,7 @@ class GenePrediction(nn.Module):
     def __init__(self, dim: int, config: PredictionConfig) -> None:
         super().__init__()
         self.inputs = config.inputs
+        self.niche_share = config.niche_share
         dim = dim * len(config.inputs)
         self.net: nn.Module = (
             nn.Linear(dim, config.n_genes)
@@ -84,5 +94,8 @@ class GenePrediction(nn.Module):
         ``centre`` is the mean of :meth:`features` over the slide, which takes out how slides differ as a whole; without
         it that of the training slides stands in.
         """
-        features = self.features(embeddings) - (self.centre if centre is None else centre)
-        return self.mean + self.scale * self.net(features)
+        return self.from_features(self.features(embeddings), centre=centre)
+
+    def from_features(self, features: torch.Tensor, *, centre: torch.Tensor | None = None) -> torch.Tensor:
+        """Map what :meth:`features` returned, or averages of it over niches, to (n, n_genes)."""
+        return self.mean + self.scale * self.net(features - (self.centre if centre is None else centre))

@@ -318,32 +318,36 @@ class STAlign(nn.Module):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The inputs differ in their number of spots: {sizes}.")
         tokens = {name: None if x is None else self.branches[name](x) for name, x in inputs.items()}
+        bypass = {"spot_gene": self._bypass(spot_gene), "niche_gene": self._bypass(niche_gene)}
         return STAlignOutput(
             **{
-                name: None if t is None else self.heads[name](t) if name in self.heads else t
+                name: None if t is None else self.heads[name](t, bypass.get(name)) if name in self.heads else t
                 for name, t in tokens.items()
             },
-            spot=self._bypass(self._fuse("spot", tokens), spot_gene),
-            niche=self._bypass(self._fuse("niche", tokens), niche_gene),
+            spot=self._fuse("spot", tokens, bypass["spot_gene"]),
+            niche=self._fuse("niche", tokens, bypass["niche_gene"]),
         )
 
-    def _bypass(self, fused: torch.Tensor | None, profile: torch.Tensor | None) -> torch.Tensor | None:
-        """Add the gene encoder's input, whose mean norm is the square root of its width, at a mean norm of one."""
-        if fused is None or profile is None or not self.config.bypass:
-            return fused
-        return fused + profile.to(fused.dtype) / profile.shape[1] ** 0.5
+    def _bypass(self, profile: torch.Tensor | None) -> torch.Tensor | None:
+        """Return a gene encoder's input, whose mean norm is the square root of its width, at a mean norm of one."""
+        return None if profile is None or not self.config.bypass else profile / profile.shape[1] ** 0.5
 
-    def _fuse(self, scale: str, tokens: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
+    def _fuse(
+        self, scale: str, tokens: Mapping[str, torch.Tensor | None], bypass: torch.Tensor | None
+    ) -> torch.Tensor | None:
         image, gene = tokens[f"{scale}_image"], tokens[f"{scale}_gene"]
         if image is None and gene is None:
             return None
         image = self._stand_in(f"{scale}_image", gene) if image is None else image
         gene = self._stand_in(f"{scale}_gene", image) if gene is None else gene
         fusion = self.spot_fusion if scale == "spot" else self.niche_fusion
-        return self.heads[scale](fusion(image, gene))
+        return self.heads[scale](fusion(image, gene), bypass)
 
     def _start_at_bypass(self) -> None:
-        """Let the fused embeddings start as the gene encoders' inputs: the last layers of their heads are zero."""
+        """Let the fused embeddings and the gene sides start as the gene encoders' inputs.
+
+        The last layers of their heads are zero.
+        """
         for scale in ("spot", "niche"):
             dim = self.encoder(f"{scale}_gene").input_dim
             if self.config.heads.out != dim:
@@ -351,7 +355,9 @@ class STAlign(nn.Module):
                     f"config.bypass needs heads.out ({self.config.heads.out}) to equal the width of the {scale} gene "
                     f"encoder's input ({dim})."
                 )
-            cast("ProjectionHead", self.heads[scale]).start_at_zero()
+            for name in (scale, f"{scale}_gene"):
+                if name in self.heads:
+                    cast("ProjectionHead", self.heads[name]).start_at_zero()
 
     def _stand_in(self, name: str, other: torch.Tensor | None) -> torch.Tensor:
         """Tokens in place of the absent side ``name``, given those of the other side."""

@@ -13,8 +13,9 @@ from scipy import sparse
 from stalign._keys import Key
 from stalign._logging import logger
 from stalign._validate import check_adata, check_choice, check_positive, listing, require_key
-from stalign.genes import check_counts, input_kind, library_size, match_names, normalise_log1p
+from stalign.genes import check_counts, input_kind, library_size, match_names, normalise_log1p, row_normalise
 from stalign.models._conformal import LEVELS, MAX_RESIDUALS, conformal_quantiles, half_width
+from stalign.slide._library import find_niche_record
 from stalign.tl._neighbours import nearest
 from stalign.tl._prompts import near_genes
 from stalign.tl._reference import reference_embedding
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from stalign.models import STAlign
-    from stalign.models._heads import GenePrediction
 
 METHODS = ("head", "retrieval", "ridge")
 UNITS = "log1p of counts per 10,000"
@@ -95,7 +95,8 @@ def predict_expression(
 ) -> AnnData | None:
     """Predict expression from the histology of spots and niches.
 
-    - ``"head"``: the model's own head, trained with it; no reference is needed.
+    - ``"head"``: the model's own head, trained with it; no reference is needed. What it says of a spot is averaged with
+      what it says over the spot's niche, in the share that was best on training patients left out.
     - ``"retrieval"``: the mean of the ``k`` reference spots whose gene side is nearest to the spot's image side,
       weighted by a softmax of their cosines (Xie et al., BLEEP, NeurIPS 2023).
     - ``"ridge"``: ridge regression from the reference's image side to its expression; the penalty is chosen by
@@ -185,7 +186,7 @@ def predict_expression(
     if method == "head":
         if reference is not None:
             raise ValueError("method='head' takes no reference. Pass `method='retrieval'` or `method='ridge'`.")
-        result = _by_head(adata, embedding[there], wanted, use_rep, model, codes, interval)
+        result = _by_head(adata, embedding, there, wanted, use_rep, model, codes, interval)
     else:
         parts = _references(adata, reference, method, wanted, layer, use_rep, model, with_groups=interval is not None)
         result = (
@@ -243,6 +244,7 @@ def _spread(result: _Prediction, there: np.ndarray) -> _Prediction:
 def _by_head(
     adata: AnnData,
     embedding: np.ndarray,
+    there: np.ndarray,
     wanted: list[str] | None,
     use_rep: str,
     model: Any,
@@ -253,6 +255,7 @@ def _by_head(
 
     from stalign.tl._runtime import inference
 
+    embedding = embedding[there]
     network = recorded_model(adata, model, use_rep)
     head = network.prediction
     other = "Pass `reference=...` with `method='retrieval'` or `method='ridge'`."
@@ -276,24 +279,45 @@ def _by_head(
         names, index = wanted, match_names(wanted, symbols, organism=organism).index
         _refuse_unknown(wanted, index, symbols, f"The head of model {network.config.name!r} predicts", other)
     mean = np.empty((len(embedding), len(names)), dtype=np.float32)
+    graph = _niche_graph(adata, there) if head.niche_share else None
     with inference(network, torch.device("cpu")):
         for code in np.unique(codes):
             slide = np.flatnonzero(codes == code)
-            centre = _slide_centre(network.config.heads.out, head, embedding[slide])
+            features = head.features(_halves(embedding[slide], network.config.heads.out, head.inputs))
+            # A slide with too few spots has no mean of its own to be compared with.
+            centre = None if _is_too_small(len(slide), "training") else features.mean(dim=0)
+            niches = None if graph is None else row_normalise(graph[slide][:, slide])
             for start in range(0, len(slide), _ROWS):
-                rows = slide[start : start + _ROWS]
-                halves = _halves(embedding[rows], network.config.heads.out, head.inputs)
-                mean[rows] = head(halves, centre=centre).numpy()[:, index]
+                rows = slice(start, start + _ROWS)
+                mixed = _mix(features, niches, rows, head.niche_share)
+                mean[slide[rows]] = head.from_features(mixed, centre=centre).numpy()[:, index]
     sd = np.broadcast_to(head.sd.cpu().numpy()[index].astype(np.float32), mean.shape)
     half = None if interval is None else half_width(head.half_widths.cpu().numpy(), head.levels, interval)[index]
     return _Prediction(mean, sd, names, {"method": "head", **model_params(embed_record(adata, use_rep))}, half)
 
 
-def _slide_centre(width: int, head: GenePrediction, embedding: np.ndarray) -> torch.Tensor | None:
-    """Mean features of a slide; ``None`` where it has too few spots to say what its mean is."""
-    if _is_too_small(len(embedding), "training"):
+def _niche_graph(adata: AnnData, there: np.ndarray) -> sparse.csr_matrix | None:
+    """Return the niche graph of the embedded spots, self included; ``None`` where it is gone, and says so."""
+    record = find_niche_record(adata)
+    key = Key.connectivities(Key.NICHE if record is None else str(record["params"]["key_added"]))
+    if key not in adata.obsp:
+        logger.warning(
+            "`adata.obsp[%r]` is gone: predictions are those of single spots, not averaged over niches, and less "
+            "exact. Run `sta.pp.extract_niches(adata)` to have it again.",
+            key,
+        )
         return None
-    return head.features(_halves(embedding, width, head.inputs)).mean(dim=0)
+    graph = sparse.csr_matrix(adata.obsp[key])
+    return graph if there.all() else graph[there][:, there]
+
+
+def _mix(features: torch.Tensor, niches: sparse.csr_matrix | None, rows: slice, share: float) -> torch.Tensor:
+    """Return some rows of the features, their niches' mean in the place of a share of them."""
+    import torch
+
+    if niches is None:
+        return features[rows]
+    return (1 - share) * features[rows] + share * torch.from_numpy(niches[rows] @ features.numpy())
 
 
 def _is_too_small(n_spots: int, others: str) -> bool:

@@ -266,6 +266,13 @@ class OptimiserConfig:
         )
 
 
+def _check_penalties(penalties: Sequence[float]) -> None:
+    if not penalties:
+        raise ValueError("penalties is empty.")
+    for value in penalties:
+        check_positive("penalties", value)
+
+
 @dataclass(frozen=True)
 class PredictionFitConfig:
     """The prediction head: how many genes, and the ridge penalties tried by leave-one-section-out.
@@ -283,10 +290,28 @@ class PredictionFitConfig:
         _check_whole("n_genes", self.n_genes)
         check_positive("max_sections", self.max_sections, integer=True)
         check_positive("max_spots", self.max_spots, integer=True)
-        if not self.penalties:
-            raise ValueError("penalties is empty.")
-        for value in self.penalties:
-            check_positive("penalties", value)
+        _check_penalties(self.penalties)
+
+
+@dataclass(frozen=True)
+class AlignmentFitConfig:
+    """The image sides, fitted to the gene sides in closed form after training; needs image heads of one linear layer.
+
+    The ridge penalty, in units of the features' mean variance, is chosen by leaving out one patient at a time. Of a
+    large cohort, ``max_sections`` sections and ``max_spots`` spots of each are drawn. Off by default: what the
+    contrastive training has learned is kept.
+    """
+
+    enabled: bool = False
+    penalties: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0])
+    max_sections: int = 24
+    max_spots: int = 4000
+
+    def __post_init__(self) -> None:
+        _check_switch("enabled", self.enabled)
+        _check_penalties(self.penalties)
+        check_positive("max_sections", self.max_sections, integer=True)
+        check_positive("max_spots", self.max_spots, integer=True)
 
 
 @dataclass(frozen=True)
@@ -382,6 +407,7 @@ class PretrainConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     augment: AugmentConfig = AugmentConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    alignment: AlignmentFitConfig = AlignmentFitConfig()
     prediction: PredictionFitConfig = PredictionFitConfig()
     familiarity: FamiliarityFitConfig = FamiliarityFitConfig()
     run: RunConfig = RunConfig()

@@ -43,7 +43,7 @@ def embed_section(model: STAlign, encoded: EncodedSection, *, batch_size: int = 
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SectionEmbedding._fields}
     with torch.inference_mode():
         for start in range(0, len(encoded), batch_size):
-            inputs = _inputs(model, encoded, slice(start, start + batch_size))
+            inputs = inputs_of(model, encoded, slice(start, start + batch_size))
             output = model(**{name: x.to(model.device) for name, x in inputs.items()})
             spot = output.spot_image
             found = {
@@ -59,7 +59,7 @@ def embed_section(model: STAlign, encoded: EncodedSection, *, batch_size: int = 
     return SectionEmbedding(**{name: np.concatenate(blocks) if blocks else None for name, blocks in parts.items()})
 
 
-def _inputs(model: STAlign, encoded: EncodedSection, rows: slice) -> dict[str, torch.Tensor]:
+def inputs_of(model: STAlign, encoded: EncodedSection, rows: slice | np.ndarray) -> dict[str, torch.Tensor]:
     section = encoded.section
     inputs = {name: _tensor(getattr(encoded, name)[rows]) for name in ("spot_gene", "niche_gene")}
     if not section.has_image:

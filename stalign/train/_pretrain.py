@@ -21,6 +21,7 @@ from stalign.models._network import STAlign
 from stalign.models._registry import config as model_config
 from stalign.models.encoders._base import ImageEncoder
 from stalign.models.encoders._registry import find_image_encoder
+from stalign.train._alignment import check_alignable, fit_alignment
 from stalign.train._config import PretrainConfig
 from stalign.train._data import Batches, EncodedSection, Section
 from stalign.train._distributed import World, launched_world, wait_for_all
@@ -118,6 +119,8 @@ def pretrain(
     out = _check_out(config)
     lightning.seed_everything(config.seed, verbose=False)
     model = build_model(config, cohort.genes)
+    if config.alignment.enabled:
+        check_alignable(model)
     state = _earlier_state(config, _identity(config, model, cohort))
     # The layout that convolutions are fastest in, on CPUs and GPUs alike.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -465,6 +468,7 @@ def _final_model(config: PretrainConfig, model: STAlign, checkpoints: Checkpoint
 
 def _finish(config: PretrainConfig, model: STAlign, cohort: Cohort, encoded: Sequence[EncodedSection]) -> None:
     out = Path(config.out).expanduser()
+    model = fit_alignment(model, encoded, config.alignment)
     model = fit_prediction(model, encoded, config.prediction)
     model = fit_model_familiarity(model, cohort.train, config.familiarity)
     with disk_full_named(out):

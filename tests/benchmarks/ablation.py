@@ -21,6 +21,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 import stalign as sta
+from stalign.benchmark import Section
+from stalign.benchmark._methods import DOMAIN_METHODS
 from stalign.benchmark._metrics import pearson
 from stalign.genes import normalise_log1p
 from stalign.models.encoders import _slide_profile
@@ -32,7 +34,9 @@ from tests.benchmarks.simulated import simulate
 CONFIG = Path(sta.__file__).parent / "train" / "configs" / "stalign-mini.toml"
 LABELLED = ("her2st/C1", "her2st/D1", "her2st/E1")
 LEFT_OUT = "C"
-SIMULATED = [(kind, seed) for kind in ("layers", "blobs") for seed in range(1, 5)]
+# Programmes of three tissues, two shapes of domains.
+SOURCES = ("crc_visium/CRC_16", "her2st/D2", "her2st/E2")
+SIMULATED = [(source, kind) for source in SOURCES for kind in ("layers", "blobs")]
 CNN = {
     "encoder": "colour-cnn",
     "args": {"model": "resnet10t", "model_args": {"channels": [24, 48, 96, 128], "stem_width": 12}},
@@ -54,8 +58,9 @@ PROFILES = """## The slide profile
 
 No network and nothing trained: domains (`tl.spatial_domains` at its defaults, true number of classes, ARI) from the
 inputs of the two gene encoders side by side. Real: {labelled}, with the pathologist's regions, all spots. Simulated:
-{n_simulated} slides made from the programmes of `crc_visium/CRC_16`, curved layers and blobs
-(`tests/benchmarks/simulated.py`); there a new seed is a new slide.
+{n_simulated} slides made from the programmes of {sources}, curved layers and blobs
+(`tests/benchmarks/simulated.py`); there a new seed is a new slide. The last two rows are the plain methods of the same
+name in [](benchmarks.md).
 
 """
 NETWORKS = """## The network
@@ -66,15 +71,20 @@ expression over the 50 most variable genes that the head predicts. Domains: ARI 
 
 """
 
+Row = dict[str, object]
 Variant = dict[str, object]
 NETWORK: dict[str, Variant] = {
     "as shipped": {},
+    "image sides as the contrast left them": {"alignment": {"enabled": False}},
+    "the same, projection heads with a hidden layer": {
+        "heads": {"hidden": 256, "skip": True},
+        "alignment": {"enabled": False},
+    },
     "images by a small CNN, trained along": {"spot_image": CNN, "niche_image": CNN},
     "images by statistics alone, no learned filters": {
         "spot_image": {"args": {"n_filters": 0}},
         "niche_image": {"args": {"n_filters": 0}},
     },
-    "projection heads with a hidden layer": {"heads": {"hidden": 256, "skip": True}},
     "no structure terms": {"objective": {"structure": 0.0}},
 }
 
@@ -103,13 +113,19 @@ def powered(power: float) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
 
     def weights(graph: object, expression: object) -> tuple[np.ndarray, np.ndarray]:
         found, error = autocorrelation(graph, expression)
-        above = np.maximum(found - 1.5 * error, 0.0)
-        return above**power, np.zeros_like(above)
+        return np.maximum(found, 0.0) ** power, error
 
     return weights
 
 
+def clear_of_chance(graph: object, expression: object) -> tuple[np.ndarray, np.ndarray]:
+    found, error = autocorrelation(graph, expression)
+    return np.maximum(found - 1.5 * error, 0.0), error
+
+
 ONE, NICHE = [1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]
+PLAIN = ("niche-pca", "smoothed-genes")
+CLUSTERING = {"k-means": "kmeans"}
 PROFILE: dict[str, tuple[dict[str, Callable[..., object]], tuple[str, ...]]] = {
     "as shipped": ({}, ("spot", "niche")),
     "niche alone": ({}, ("niche",)),
@@ -120,6 +136,10 @@ PROFILE: dict[str, tuple[dict[str, Callable[..., object]], tuple[str, ...]]] = {
         ("spot", "niche"),
     ),
     "all genes alike": ({"autocorrelation": no_autocorrelation}, ("spot", "niche")),
+    "only genes clear of chance (1.5 standard errors)": (
+        {"autocorrelation": clear_of_chance},
+        ("spot", "niche"),
+    ),
     "genes by their autocorrelation itself": ({"autocorrelation": powered(4.0)}, ("spot", "niche")),
 }
 
@@ -135,19 +155,22 @@ def main() -> None:
     sta.settings.progress = False
     sta.settings.verbosity = "WARNING"
     torch.set_num_threads(1)
-    rows: list[dict[str, object]] = []
-    kept = arguments.out.with_suffix(".csv")
-    if kept.is_file():
-        before = pd.read_csv(kept)
-        rows += before[~before["part"].isin(arguments.parts)].to_dict("records")
-    if "profile" in arguments.parts:
-        rows += profile_rows(arguments.data, arguments.seeds, arguments.methods)
-    if "network" in arguments.parts:
-        rows += network_rows(arguments.data, arguments.seeds, arguments.methods)
-    table = pd.DataFrame(rows)
-    table.to_csv(kept, index=False)
-    arguments.out.write_text(to_markdown(table, arguments), encoding="utf-8")
+    made = {"profile": profile_rows, "network": network_rows}
+    for part in arguments.parts:
+        for rows in made[part](arguments.data, arguments.seeds, arguments.methods):
+            write(keep(pd.DataFrame(rows), arguments.out.with_suffix(".csv")), arguments)
     print(arguments.out.read_text(encoding="utf-8"))
+
+
+def keep(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Put rows into the table beside the page, in the place of earlier ones of the same method, metric and seed."""
+    name = ["part", "method", "metric", "seed"]
+    if path.is_file():
+        before = pd.read_csv(path)
+        again = pd.MultiIndex.from_frame(before[name]).isin(pd.MultiIndex.from_frame(rows[name]))
+        rows = pd.concat([before[~again], rows], ignore_index=True)
+    rows.to_csv(path, index=False)
+    return rows
 
 
 # -- the profile ------------------------------------------------------------------------------------------------------
@@ -162,27 +185,41 @@ def wanted(method: str, patterns: list[str]) -> bool:
     return any(fnmatch(method, pattern) for pattern in patterns)
 
 
-def profile_rows(data: Path, seeds: list[int], methods: list[str]) -> list[dict[str, object]]:
+def profile_rows(data: Path, seeds: list[int], methods: list[str]) -> Iterator[list[Row]]:
+    """Yield the rows of one seed after another."""
     model = sta.models.load("stalign-mini")
-    source = data / "crc_visium" / "CRC_16.h5ad"
-    rows = []
     for seed in seeds:
+        rows: list[Row] = []
         slides = {name: labelled(data, name) for name in LABELLED}
-        for kind, number in SIMULATED:
-            adata = simulate(source, kind, 1000 * seed + number)
-            slides[f"simulated {kind}/{number}"] = adata, adata.obs["domain"].to_numpy()
+        for source, kind in SIMULATED:
+            adata = simulate(data / f"{source}.h5ad", kind, 1000 * seed + 1)
+            slides[f"simulated {source}/{kind}"] = adata, adata.obs["domain"].to_numpy()
         for name, (adata, truth) in slides.items():
-            for method, (functions, levels) in PROFILE.items():
-                if not wanted(method, methods):
-                    continue
-                with changed(**functions):
-                    value = ari(profiles(model, adata, levels), truth, seed)
-                group = "simulated" if name.startswith("simulated") else name
-                rows.append(
-                    {"part": "profile", "method": method, "metric": f"ARI, {group}", "seed": seed, "value": value}
-                )
+            metric = "ARI, simulated" if name.startswith("simulated") else f"ARI, {name}"
+            for method, value in divisions(model, adata, truth, seed, methods):
+                rows.append({"part": "profile", "method": method, "metric": metric, "seed": seed, "value": value})
         print(f"profiles, seed {seed}: done", flush=True)
-    return rows
+        yield rows
+
+
+def divisions(
+    model: sta.models.STAlign, adata: ad.AnnData, truth: np.ndarray, seed: int, methods: list[str]
+) -> Iterator[tuple[str, float]]:
+    for method, (functions, levels) in PROFILE.items():
+        if wanted(method, methods):
+            with changed(**functions):
+                yield method, ari(profiles(model, adata, levels), truth, seed)
+    for method, clustering in CLUSTERING.items():
+        if wanted(method, methods):
+            yield method, ari(profiles(model, adata, ("spot", "niche")), truth, seed, method=clustering)
+    slide = adata.copy()
+    slide.obs["truth"] = truth
+    section = Section.of(slide, label_key="truth")
+    for method in PLAIN:
+        if wanted(method, methods):
+            plain = DOMAIN_METHODS[method]
+            found = plain.cluster(plain.features(section, model), section.n_classes, seed)
+            yield method, float(adjusted_rand_score(section.names, found))
 
 
 def profiles(model: sta.models.STAlign, adata: ad.AnnData, levels: tuple[str, ...]) -> np.ndarray:
@@ -198,19 +235,19 @@ def profiles(model: sta.models.STAlign, adata: ad.AnnData, levels: tuple[str, ..
     return np.hstack([inputs[level] for level in levels])
 
 
-def ari(values: np.ndarray, truth: np.ndarray, seed: int) -> float:
+def ari(values: np.ndarray, truth: np.ndarray, seed: int, method: str = "gmm") -> float:
     adata = ad.AnnData(obsm={"X_profile": values.astype(np.float32)}, shape=(len(values), 0))
-    sta.tl.spatial_domains(adata, n_domains=len(set(truth)), use_rep="X_profile", random_state=seed)
+    sta.tl.spatial_domains(adata, len(set(truth)), use_rep="X_profile", method=method, random_state=seed)
     return float(adjusted_rand_score(truth, adata.obs["stalign_domain"]))
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-def network_rows(data: Path, seeds: list[int], methods: list[str]) -> list[dict[str, object]]:
+def network_rows(data: Path, seeds: list[int], methods: list[str]) -> Iterator[list[Row]]:
+    """Yield the rows of one trained model after another."""
     from stalign import train
 
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         base = train.read_config(CONFIG, [f"data.root={data}"])
         folder = prepare_config(replace(base, out=str(Path(scratch) / "all")))
@@ -222,13 +259,12 @@ def network_rows(data: Path, seeds: list[int], methods: list[str]) -> list[dict[
                 out = Path(scratch) / "model"
                 config = replace(varied(base, changes), seed=seed, out=str(out))
                 model = sta.models.load(str(train.pretrain(config, kept, genes=genes)))
-                rows += [
+                yield [
                     {"part": "network", "method": method, "seed": seed, **row} for row in measured(data, model, seed)
                 ]
                 for folder in Path(scratch).glob("model*"):
                     _remove(folder)
-            print(f"{method}: done", flush=True)
-    return rows
+                print(f"{method}, seed {seed}: done", flush=True)
 
 
 def _remove(path: Path) -> None:
@@ -238,13 +274,14 @@ def _remove(path: Path) -> None:
 
 
 def varied(base: PretrainConfig, changes: Variant) -> PretrainConfig:
-    network = {name: value for name, value in changes.items() if name != "objective"}
+    recipe = {name: changes[name] for name in ("objective", "alignment") if name in changes}
+    network = {name: value for name, value in changes.items() if name not in recipe}
     config = replace(base, network=replace(base.network, changes=network))
-    objective = changes.get("objective", {})
-    return replace(config, objective=replace(config.objective, **objective))  # type: ignore[arg-type]
+    changed = {name: replace(getattr(config, name), **values) for name, values in recipe.items()}  # type: ignore[arg-type]
+    return replace(config, **changed)
 
 
-def measured(data: Path, model: sta.models.STAlign, seed: int) -> Iterator[dict[str, object]]:
+def measured(data: Path, model: sta.models.STAlign, seed: int) -> Iterator[Row]:
     recall, correlation = [], []
     for number in range(2, 7):
         adata = ad.read_h5ad(data / "her2st" / f"{LEFT_OUT}{number}.h5ad")
@@ -274,13 +311,18 @@ def head_correlation(adata: ad.AnnData, model: sta.models.STAlign) -> float:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
+def write(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    arguments.out.write_text(to_markdown(table, arguments), encoding="utf-8")
+
+
 def to_markdown(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
     command = f"python -m tests.benchmarks.ablation --data PATH --out {arguments.out}"
     seeds = ", ".join(str(seed) for seed in arguments.seeds)
     names = ", ".join(LABELLED)
+    sources = ", ".join(f"`{source}`" for source in SOURCES)
     parts = [PREFACE.format(command=command, seeds=seeds)]
     texts = {
-        "profile": PROFILES.format(labelled=names, n_simulated=len(SIMULATED) * len(arguments.seeds)),
+        "profile": PROFILES.format(labelled=names, n_simulated=len(SIMULATED) * len(arguments.seeds), sources=sources),
         "network": NETWORKS.format(left_out=LEFT_OUT, labelled=names),
     }
     for part, text in texts.items():

@@ -192,12 +192,14 @@ def test_preprocess_genes(tiny, genes):
     assert spot.dtype == niche.dtype == np.float32
 
 
-def test_an_untrained_bypass_is_the_niche_profile():
+def test_an_untrained_bypass_is_the_profile():
     genes = tuple(f"G{i}" for i in range(50))
     model = models.STAlign(models.config("mini"), genes=genes).eval()
     profile = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
     output = model(spot_gene=profile, niche_gene=profile)
     torch.testing.assert_close(output.niche, profile / 16)
+    torch.testing.assert_close(output.spot_gene, profile / 16)
+    torch.testing.assert_close(output.niche_gene, profile / 16)
     torch.testing.assert_close(model.embedding(output, "niche"), profile / 16)
     fused = model.embedding(output, "fused")
     torch.testing.assert_close(fused, torch.cat([output.spot, output.niche], dim=1) / 2**0.5)

@@ -238,6 +238,48 @@ def test_kind_of_matrix(embedded, convert):
     np.testing.assert_allclose(embedded.var["stalign_predicted_r"], expected.var["stalign_predicted_r"], atol=1e-5)
 
 
+@pytest.fixture
+def sharing(embedded):
+    """The model of ``embedded``, loaded anew, with a share of the niche."""
+
+    def load(share: float) -> sta.models.STAlign:
+        model = sta.models.load(embedded.uns["stalign"]["embed"]["model_source"])
+        model.prediction.niche_share = share
+        return model
+
+    return load
+
+
+def test_head_averages_with_the_niche(embedded, sharing):
+    alone = predict(embedded, copy=True).to_df("stalign_predicted").dropna(axis=1)
+    mixed = predict(embedded, copy=True, model=sharing(0.25)).to_df("stalign_predicted")[alone.columns]
+    graph = sg.row_normalise(sparse.csr_matrix(embedded.obsp["niche_connectivities"]))
+    # The head is linear, so that averaging what it takes is averaging what it says.
+    np.testing.assert_allclose(mixed, 0.75 * alone + 0.25 * (graph @ alone.to_numpy()), atol=1e-5)
+
+
+def test_a_niche_ends_at_spots_without_an_image(embedded, sharing):
+    model = sharing(1.0)
+    gone = np.zeros(embedded.n_obs, dtype=bool)
+    gone[:60] = True
+    embedded.obsm["X_stalign_image"] = np.array(embedded.obsm["X_stalign_image"])
+    embedded.obsm["X_stalign_image"][gone] = np.nan
+    part = embedded[~gone].copy()
+    predict(embedded, model=model)
+    predict(part, model=model)
+    np.testing.assert_allclose(embedded.layers["stalign_predicted"][~gone], part.layers["stalign_predicted"], atol=1e-5)
+    assert np.isnan(embedded.layers["stalign_predicted"][gone]).all()
+
+
+def test_a_niche_graph_that_is_gone_is_said(embedded, sharing, caplog):
+    alone = predict(embedded, copy=True).layers["stalign_predicted"]
+    del embedded.obsp["niche_connectivities"]
+    with caplog.at_level("WARNING"):
+        predict(embedded, model=sharing(0.5))
+    assert "niche_connectivities" in caplog.text
+    np.testing.assert_allclose(embedded.layers["stalign_predicted"], alone)
+
+
 # --- ridge -------------------------------------------------------------------------------------------------------
 
 

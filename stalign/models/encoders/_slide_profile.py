@@ -90,7 +90,7 @@ class SlideProfile(GeneEncoder):
 
     Every step before the network uses the slide's own statistics and no label. Counts are normalised to 10,000 and
     log1p. Each gene is divided by its standard deviation and weighted by its autocorrelation: Moran's I over the niche
-    graph without the spot itself, less what chance may leave (``min_z`` standard errors), to the ``power``; the
+    graph without the spot itself, less ``min_z`` standard errors of chance, to the ``power``; the
     ``n_genes`` with the highest are kept. The leading components of what is smooth over the tissue are taken, and
     averaged over walks on the niche graph of 0, 1, 2, 4 and 8 steps. By how much each of these enters is learned from
     the slide: the counts are split into two independent halves, and the weights are those with which one half predicts
@@ -113,7 +113,8 @@ class SlideProfile(GeneEncoder):
     n_genes
         Genes of a slide that have a part in its components, at most.
     min_z
-        Standard errors of chance that are taken off a gene's autocorrelation.
+        Standard errors of chance that are taken off a gene's autocorrelation. Genes of which chance alone could be the
+        cause are many, and together they say more than they cost; 0 keeps all that lean to the spatial side.
     power
         Power of what is left that weights a gene: the lower, the less the few genes that stand out rule the profile.
     max_fit
@@ -131,8 +132,8 @@ class SlideProfile(GeneEncoder):
         dim: int = 256,
         hidden: int = 256,
         n_components: int = 32,
-        n_genes: int = 2000,
-        min_z: float = 1.5,
+        n_genes: int = 5000,
+        min_z: float = 0.0,
         power: float = 0.25,
         max_fit: int = 20_000,
         seed: int = 0,
@@ -141,7 +142,9 @@ class SlideProfile(GeneEncoder):
         self.dim = self.input_dim = check_positive("dim", dim, integer=True)
         self.n_components = check_positive("n_components", n_components, integer=True)
         self.n_genes = check_positive("n_genes", n_genes, integer=True)
-        self.min_z = check_positive("min_z", min_z)
+        if isinstance(min_z, bool) or not np.isfinite(min_z) or min_z < 0:
+            raise ValueError(f"min_z must be a number >= 0, got {min_z!r}.")
+        self.min_z = float(min_z)
         self.power = check_positive("power", power)
         self.max_fit = check_positive("max_fit", max_fit, integer=True)
         self.seed = seed
