@@ -275,7 +275,7 @@ def _check_penalties(penalties: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class PredictionFitConfig:
-    """The prediction head: how many genes, and the ridge penalties tried by leave-one-section-out.
+    """The prediction head: how many genes, and the ridge penalties tried with each patient left out in turn.
 
     A penalty is in units of the features' mean variance. ``n_genes = 0`` leaves the head out. Of a large cohort,
     ``max_sections`` sections with an image and ``max_spots`` spots of each are drawn.
