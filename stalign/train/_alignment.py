@@ -15,6 +15,7 @@ from stalign.models._network import STAlign
 from stalign.train._config import AlignmentFitConfig
 from stalign.train._data import EncodedSection
 from stalign.train._evaluate import inputs_of, recall_at
+from stalign.train._prediction import imaged_sections, spread_rows
 
 _RECALL_SHARE = 0.05
 _BATCH = 512
@@ -62,12 +63,9 @@ def fit_alignment(model: STAlign, sections: Sequence[EncodedSection], config: Al
         If an image head is not one linear layer.
     """
     model = model.cpu().eval()
-    imaged = [section for section in sections if section.section.has_image]
+    imaged = imaged_sections(sections, config.max_sections)
     if not config.enabled or not imaged:
         return model
-    if len(imaged) > config.max_sections:
-        # Spread over the sections in their order, hence over patients.
-        imaged = [imaged[i] for i in np.linspace(0, len(imaged) - 1, config.max_sections).round().astype(int)]
     scales = _scales(model)
     heads = check_alignable(model)
     if model.config.bypass:
@@ -109,8 +107,7 @@ def _scales(model: STAlign) -> tuple[str, ...]:
 
 
 def _pair(model: STAlign, section: EncodedSection, scale: str, max_spots: int) -> _Pair:
-    n = len(section)
-    rows = np.linspace(0, n - 1, max_spots).round().astype(np.intp) if n > max_spots else np.arange(n)
+    rows = spread_rows(len(section), max_spots)
     head = cast("ProjectionHead", model.heads[f"{scale}_image"])
     features, target = [], []
     with torch.inference_mode():

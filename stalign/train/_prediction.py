@@ -79,10 +79,7 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
     -------
     The same model in evaluation mode, on the CPU; without a head if there is no image or no gene to predict.
     """
-    imaged = [section for section in sections if section.section.has_image]
-    if len(imaged) > config.max_sections:
-        # Spread over the sections in their order, hence over patients.
-        imaged = [imaged[i] for i in np.linspace(0, len(imaged) - 1, config.max_sections).round().astype(int)]
+    imaged = imaged_sections(sections, config.max_sections)
     gene_index = choose_genes(imaged, config.n_genes) if imaged and config.n_genes else np.array([], dtype=np.int64)
     if not len(gene_index):
         logger.info(
@@ -122,6 +119,17 @@ def fit_prediction(model: STAlign, sections: Sequence[EncodedSection], config: P
     return model.cpu().eval()
 
 
+def imaged_sections(sections: Sequence[EncodedSection], limit: int) -> list[EncodedSection]:
+    """Return the sections with an image; of more than ``limit``, those spread over their order, hence over patients."""
+    imaged = [section for section in sections if section.section.has_image]
+    return [imaged[i] for i in spread_rows(len(imaged), limit)]
+
+
+def spread_rows(n: int, limit: int) -> np.ndarray:
+    """Return at most ``limit`` of ``n`` places, spread evenly."""
+    return np.linspace(0, n - 1, limit).round().astype(np.intp) if n > limit else np.arange(n)
+
+
 def choose_genes(sections: Sequence[EncodedSection], n_genes: int) -> np.ndarray:
     """Return places in the vocabulary of the genes that vary most within sections, among those well detected.
 
@@ -156,7 +164,7 @@ def _prepare(
     if embedding is None:
         raise ValueError(f"Section {section.section.name!r} has no image.")
     n = len(section)
-    rows = np.linspace(0, n - 1, max_spots).round().astype(np.intp) if n > max_spots else np.arange(n)
+    rows = spread_rows(n, max_spots)
     counts = section.section.counts
     expression = normalise_log1p(counts if n <= max_spots else counts[rows])[:, gene_index].toarray()
     expression = expression.astype(np.float64)
