@@ -208,3 +208,9 @@ def test_an_untrained_bypass_is_the_profile():
 def test_a_bypass_needs_heads_of_its_width():
     with pytest.raises(ValueError, match=r"heads\.out \(64\)"):
         models.STAlign(models.config("mini").updated({"heads": {"out": 64}}), genes=("A", "B"))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, True, "half"])
+def test_a_share_of_the_niche_is_between_0_and_1(share):
+    with pytest.raises(ValueError, match="niche_share"):
+        models.config("mini").updated({"prediction": {"n_genes": 2, "niche_share": share}})
