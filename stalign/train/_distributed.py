@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -259,17 +261,48 @@ def lost_contact(where: Callable[[], str]) -> Iterator[None]:
     ConnectionError
         In place of what the backend raises.
     """
+    with _sigterm_waits() as ignore_sigterm:
+        try:
+            yield
+        except RuntimeError as error:
+            if world().size == 1 or not _is_lost_contact(error):
+                raise
+            ignore_sigterm()
+            raise _lost_contact_error(where(), error) from error
+
+
+def _lost_contact_error(where: str, error: RuntimeError) -> ConnectionError:
+    rank, size = world()
+    return ConnectionError(
+        f"Process {rank} of {size} lost contact with another process {where}: that one has ended, and this one "
+        "stops, too. Its own message says why; the same command goes on from the last checkpoint. "
+        f"({_first_line(error)})"
+    )
+
+
+@contextmanager
+def _sigterm_waits() -> Iterator[Callable[[], None]]:
+    """Hold back the SIGTERM of ``torchrun``, which follows the end of another process, until the block is done.
+
+    Gives a function after whose call this process heeds no SIGTERM any more: an error that ends it anyway is then told.
+    Lightning calls this handler beside its own while it trains, and leaves it in place.
+    """
+    if launched_world().size == 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number)) or signal.SIG_DFL
+
+    def ignore() -> None:
+        nonlocal handler
+        handler = signal.SIG_IGN
+
     try:
-        yield
-    except RuntimeError as error:
-        if world().size == 1 or not _is_lost_contact(error):
-            raise
-        rank, size = world()
-        raise ConnectionError(
-            f"Process {rank} of {size} lost contact with another process {where()}: that one has ended, and this one "
-            "stops, too. Its own message says why; the same command goes on from the last checkpoint. "
-            f"({_first_line(error)})"
-        ) from error
+        yield ignore
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "socket")

@@ -3,8 +3,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,44 @@ def test_lost_contact_is_told_from_other_errors(monkeypatch):
         raise RuntimeError("[gloo/transport] Connection closed by peer")
     with pytest.raises(RuntimeError, match="shapes"), lost_contact(lambda: "here"):
         raise RuntimeError("shapes cannot be multiplied")
+
+
+@pytest.fixture
+def sigterms(monkeypatch) -> Iterator[list[int]]:
+    """What this process, one of two under torchrun, heard of SIGTERM."""
+    monkeypatch.setattr(_distributed, "world", lambda: _distributed.World(0, 2))
+    monkeypatch.setattr(_distributed, "launched_world", lambda: _distributed.World(0, 2))
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
+def end_with(message: str) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    raise RuntimeError(message)
+
+
+def test_sigterm_waits_for_the_end_of_the_steps(sigterms):
+    with lost_contact(lambda: "here"):
+        signal.raise_signal(signal.SIGTERM)
+        assert not sigterms
+    assert sigterms == [signal.SIGTERM]
+    signal.raise_signal(signal.SIGTERM)
+    assert len(sigterms) == 2
+
+
+def test_sigterm_does_not_silence_lost_contact(sigterms):
+    with pytest.raises(ConnectionError, match="lost contact"), lost_contact(lambda: "here"):
+        end_with("[gloo/transport] Connection closed by peer")
+    signal.raise_signal(signal.SIGTERM)
+    assert not sigterms
+
+
+def test_sigterm_is_not_lost_with_another_error(sigterms):
+    with pytest.raises(RuntimeError, match="shapes"), lost_contact(lambda: "here"):
+        end_with("shapes cannot be multiplied")
+    assert sigterms == [signal.SIGTERM]
 
 
 def test_devices_follow_torchrun(monkeypatch):
