@@ -125,7 +125,11 @@ class Branch(nn.Module):
 
         An image branch also takes (n, dim) features that its encoder made earlier, so that a frozen encoder runs once.
         """
-        return self.tokens(x if self._check(x) else self.encoder(x))
+        return self.tokens(self.encode(x))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Map the encoder's input to its features, or pass on an image's features that were made earlier."""
+        return x if self._check(x) else self.encoder(x)
 
 
 class STAlign(nn.Module):

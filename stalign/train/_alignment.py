@@ -12,6 +12,7 @@ from torch import nn
 from stalign._logging import logger
 from stalign.models._heads import ProjectionHead
 from stalign.models._network import STAlign
+from stalign.models._tokens import LinearTokens
 from stalign.train._config import AlignmentFitConfig
 from stalign.train._data import EncodedSection
 from stalign.train._evaluate import inputs_of, recall_at
@@ -22,7 +23,7 @@ _BATCH = 512
 
 
 class _Pair(NamedTuple):
-    """One scale of a section: (n, d) what the image head takes, and (n, out) the gene side that it is to meet."""
+    """One scale of a section: (n, d) what the image is mapped from, and (n, out) the gene side that it is to meet."""
 
     features: np.ndarray
     target: np.ndarray
@@ -36,11 +37,13 @@ class _Map(NamedTuple):
 
 
 def fit_alignment(model: STAlign, sections: Sequence[EncodedSection], config: AlignmentFitConfig) -> STAlign:
-    """Fit the image heads anew: ridge regression from image tokens to the gene sides.
+    """Fit the image heads anew: ridge regression from the image encoders' features to the gene sides.
 
     A contrast between the spots of few patients learns what tells these patients' spots apart, and little of it holds
     for the next patient. So the gene sides of a model with a bypass are taken back to the profiles that they started
-    from (those of other models stay as they are), and the image sides are fitted to them. The ridge is centred within
+    from (those of other models stay as they are), and the image sides are fitted to them. Where the tokens are a linear
+    image of the encoder's features, the ridge's penalty is on the features, so that the tokens' own lengths and
+    directions, which that contrast has learned, have no say; elsewhere it is on the tokens. The ridge is centred within
     each section, each section counts alike, and its penalty is the one with the best mean recall of a spot's own gene
     side, with each patient left out in turn.
 
@@ -73,10 +76,15 @@ def fit_alignment(model: STAlign, sections: Sequence[EncodedSection], config: Al
             cast("ProjectionHead", model.heads[f"{scale}_gene"]).start_at_zero()
     pairs = [[_pair(model, section, scale, config.max_spots) for scale in scales] for section in imaged]
     penalty = _choose_penalty(pairs, [section.section.patient for section in imaged], config.penalties)
-    for head, fitted in zip(heads, _fit(pairs, penalty), strict=True):
+    for number, (scale, layer, fitted) in enumerate(zip(scales, heads, _fit(pairs, penalty), strict=True)):
+        fitted = _as_long_as_target(fitted, [pair[number] for pair in pairs])
+        weight, bias = fitted.weight, -fitted.centre @ fitted.weight
+        tokens = _linear_tokens(model, scale)
+        if tokens is not None:
+            weight, bias = _through(tokens, weight, bias)
         with torch.no_grad():
-            head.weight.copy_(torch.from_numpy(fitted.weight.T))
-            head.bias.copy_(torch.from_numpy(-fitted.centre @ fitted.weight))
+            layer.weight.copy_(torch.from_numpy(weight.T))
+            layer.bias.copy_(torch.from_numpy(bias))
     logger.info("Image sides: fitted to the gene sides of %d sections, ridge penalty %g.", len(imaged), penalty)
     return model
 
@@ -106,14 +114,42 @@ def _scales(model: STAlign) -> tuple[str, ...]:
     return ("spot", "niche") if model.config.heads.niche else ("spot",)
 
 
+def _as_long_as_target(fitted: _Map, pairs: Sequence[_Pair]) -> _Map:
+    """Undo what the penalty takes from the length of the embeddings.
+
+    Directions stay. Weights that a large penalty has made tiny would lose theirs in half precision.
+    """
+    predicted = sum(float(((pair.features - fitted.centre) @ fitted.weight).std()) for pair in pairs)
+    wanted = sum(float((pair.target - pair.target.mean(axis=0)).std()) for pair in pairs)
+    return fitted._replace(weight=fitted.weight * (wanted / predicted if predicted > 0 else 1.0))
+
+
+def _linear_tokens(model: STAlign, scale: str) -> nn.Linear | None:
+    """Return the map from an image encoder's features to the tokens, where the head can undo it."""
+    tokens = model.branch(f"{scale}_image").tokens
+    head = cast("ProjectionHead", model.heads[f"{scale}_image"])
+    if not isinstance(tokens, LinearTokens) or head.pool != "flatten":
+        return None
+    return tokens.proj if tokens.proj.in_features <= tokens.proj.out_features else None
+
+
+def _through(tokens: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a map of features into the shortest one of tokens that says the same."""
+    to_tokens = tokens.weight.detach().double().numpy().T
+    of_tokens = np.linalg.pinv(to_tokens) @ weight
+    return of_tokens, bias - tokens.bias.detach().double().numpy() @ of_tokens
+
+
 def _pair(model: STAlign, section: EncodedSection, scale: str, max_spots: int) -> _Pair:
     rows = spread_rows(len(section), max_spots)
-    head = cast("ProjectionHead", model.heads[f"{scale}_image"])
+    branch, head = model.branch(f"{scale}_image"), cast("ProjectionHead", model.heads[f"{scale}_image"])
+    linear = _linear_tokens(model, scale) is not None
     features, target = [], []
     with torch.inference_mode():
         for start in range(0, len(rows), _BATCH):
             inputs = inputs_of(model, section, rows[start : start + _BATCH])
-            features.append(head.pooled(model.branch(f"{scale}_image")(inputs[f"{scale}_image"])).float().numpy())
+            image = inputs[f"{scale}_image"]
+            features.append((branch.encode(image) if linear else head.pooled(branch(image))).float().numpy())
             output = model(**{name: inputs[name] for name in ("spot_gene", "niche_gene")})
             target.append(getattr(output, f"{scale}_gene").float().numpy())
     return _Pair(np.concatenate(features).astype(np.float64), np.concatenate(target).astype(np.float64))

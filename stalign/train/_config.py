@@ -275,14 +275,17 @@ def _check_penalties(penalties: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class PredictionFitConfig:
-    """The prediction head: how many genes, and the ridge penalties tried with each patient left out in turn.
+    """The prediction head: how many genes, and what is tried with each patient left out in turn.
 
-    A penalty is in units of the features' mean variance. ``n_genes = 0`` leaves the head out. Of a large cohort,
-    ``max_sections`` sections with an image and ``max_spots`` spots of each are drawn.
+    A penalty of the ridge regression is in units of the features' mean variance. A number of programmes confines the
+    predictions to as many patterns of genes that vary together; 0 predicts each gene for itself. ``n_genes = 0`` leaves
+    the head out. Of a large cohort, ``max_sections`` sections with an image, as many for the programmes, and
+    ``max_spots`` spots of each are drawn.
     """
 
     n_genes: int = 3000
-    penalties: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
+    penalties: list[float] = field(default_factory=lambda: [0.3, 1.0, 3.0, 10.0, 30.0, 100.0])
+    programmes: list[int] = field(default_factory=lambda: [0, 2, 3, 5, 8, 12, 20])
     max_sections: int = 24
     max_spots: int = 4000
 
@@ -291,6 +294,10 @@ class PredictionFitConfig:
         check_positive("max_sections", self.max_sections, integer=True)
         check_positive("max_spots", self.max_spots, integer=True)
         _check_penalties(self.penalties)
+        if not self.programmes:
+            raise ValueError("programmes is empty. Give the numbers that are tried; [0] predicts each gene for itself.")
+        for number in self.programmes:
+            _check_whole("programmes", number)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from stalign import models
+from stalign.train import _alignment
 from stalign.train._alignment import _choose_penalty, _fit, _Pair, fit_alignment
 from stalign.train._config import AlignmentFitConfig, PretrainConfig
-from stalign.train._evaluate import embed_section, recall_at
+from stalign.train._evaluate import embed_section, inputs_of, recall_at
 from stalign.train._features import encode_section
 
 from .conftest import GENES, make_section, tiny
@@ -54,14 +57,20 @@ def test_a_single_section_takes_the_middle_penalty():
     assert _choose_penalty([[planted(1)]], ["A"], [0.1, 1.0, 10.0]) == 1.0
 
 
-@pytest.fixture
-def linear():
-    """An untrained model with linear heads and a bypass, as stalign-mini has them."""
+def untrained(**image) -> models.STAlign:
+    """A model with linear heads and a bypass, as stalign-mini has them."""
     changes = {"n_tokens": 2, "width": 16, "spot_patch": {"pixels": 16}, "niche_patch": {"pixels": 16}}
     changes |= {"fusion": {"heads": 2, "head_dim": 8, "hidden": 8}, "heads": {"out": 16}}
     changes |= {name: {"args": {"dim": 16, "hidden": 16}} for name in ("spot_gene", "niche_gene")}
+    changes |= {name: {"args": image} for name in ("spot_image", "niche_image")}
     torch.manual_seed(0)
     return models.STAlign(models.config("mini").updated(changes), genes=GENES)
+
+
+@pytest.fixture
+def linear():
+    """Nine features of an image in two tokens of sixteen."""
+    return untrained(n_filters=0)
 
 
 def test_image_sides_meet_the_gene_sides_of_a_patient_left_out(linear):
@@ -74,6 +83,40 @@ def test_image_sides_meet_the_gene_sides_of_a_patient_left_out(linear):
     right = (after.image @ after.gene[half].mean(axis=0) > after.image @ after.gene[~half].mean(axis=0)) == half
     assert right.mean() > 0.95
     assert recall_at(after.image, after.gene, share=0.5) > recall_at(before.image, before.gene, share=0.5)
+
+
+def test_penalty_is_on_the_features_whatever_the_tokens_make_of_them(linear):
+    encoded = [encode_section(linear, make_section(name, seed=i), n_clusters=2, seed=0) for i, name in enumerate("abc")]
+    other = copy.deepcopy(linear)
+    with torch.no_grad():
+        for scale in ("spot", "niche"):
+            tokens = other.branch(f"{scale}_image").tokens.proj
+            tokens.weight.mul_(torch.linspace(0.2, 5, tokens.in_features)).add_(0.3)
+            tokens.bias.normal_()
+    config = AlignmentFitConfig(enabled=True, penalties=[1.0])
+    first, second = (embed_section(fit_alignment(model, encoded[:2], config), encoded[2]) for model in (linear, other))
+    np.testing.assert_allclose(first.image, second.image, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e4])
+def test_image_sides_are_as_long_as_the_gene_sides_whatever_the_penalty(linear, penalty):
+    encoded = [encode_section(linear, make_section(name, seed=i), n_clusters=2, seed=0) for i, name in enumerate("ab")]
+    linear = fit_alignment(linear, encoded, AlignmentFitConfig(enabled=True, penalties=[penalty]))
+    pairs = [_alignment._pair(linear, section, "spot", 100) for section in encoded]
+    with torch.inference_mode():
+        images = [linear(spot_image=inputs_of(linear, s, slice(None))["spot_image"]).spot_image for s in encoded]
+    assert np.mean([float(x.std()) for x in images]) == pytest.approx(
+        np.mean([(p.target - p.target.mean(axis=0)).std() for p in pairs]), rel=0.05
+    )
+
+
+def test_tokens_that_hide_features_are_fitted_themselves():
+    model = untrained(n_filters=64)
+    assert _alignment._linear_tokens(model, "spot") is None  # 137 features do not fit into two tokens of sixteen
+    encoded = [encode_section(model, make_section(name, seed=i), n_clusters=2, seed=0) for i, name in enumerate("abc")]
+    model = fit_alignment(model, encoded[:2], AlignmentFitConfig(enabled=True))
+    after = embed_section(model, encoded[2])
+    assert recall_at(after.image, after.gene, share=0.5) > 0.6
 
 
 def test_gene_sides_are_the_profiles_again(linear):

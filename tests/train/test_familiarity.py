@@ -9,7 +9,7 @@ from stalign import models, train
 from stalign.train import pretrain, save_sections
 from stalign.train._config import FamiliarityFitConfig
 from stalign.train._familiarity import sample_section
-from stalign.train._prediction import _Choice, _Fitted, _half_widths
+from stalign.train._prediction import _Choice, _Coexpressed, _Fitted, _folds, _half_widths
 from stalign.train._pretrain import build_model
 
 from .conftest import GENES, make_section, tiny
@@ -91,25 +91,29 @@ def _slide(seed: int, offset: float, n: int = 400) -> _Fitted:
     return _Fitted(features, features, expression, np.array([True]))
 
 
+def _widths(fitted: list[_Fitted], patients: str, spread: float) -> np.ndarray:
+    """Half-widths of the one gene, by level."""
+    folds = _folds(fitted, list(patients), _Coexpressed([], []), 0)
+    return _half_widths(folds, _Choice(1e-3, 0.0, 0), np.array([spread]))[:, 0]
+
+
 def test_half_widths_cover_a_slide_of_the_kind_that_was_left_out():
     fitted = [_slide(seed, 0.0) for seed in range(4)]
-    half = _half_widths(fitted, ["a", "b", "c", "d"], _Choice(1e-3, 0.0, np.array([0.3])))[:, 0]
+    half = _widths(fitted, "abcd", 0.3)
     # Normal residuals of 0.3: 90 % lie within 1.645 of them.
     assert half[5] == pytest.approx(1.645 * 0.3, rel=0.08)
 
 
 def test_half_widths_know_how_patients_differ():
-    alike = _half_widths([_slide(s, 0.0) for s in range(4)], list("abcd"), _Choice(1e-3, 0.0, np.array([0.3])))
-    apart = _half_widths([_slide(s, float(s)) for s in range(4)], list("abcd"), _Choice(1e-3, 0.0, np.array([0.3])))
-    assert (apart[:, 0] > 2 * alike[:, 0]).all()
+    alike = _widths([_slide(s, 0.0) for s in range(4)], "abcd", 0.3)
+    apart = _widths([_slide(s, float(s)) for s in range(4)], "abcd", 0.3)
+    assert (apart > 2 * alike).all()
     # Sections of one patient are left out together.
-    together = _half_widths(
-        [_slide(s, float(s // 2)) for s in range(4)], list("aabb"), _Choice(1e-3, 0.0, np.array([0.3]))
-    )
-    assert (together[:, 0] > alike[:, 0]).all()
+    together = _widths([_slide(s, float(s // 2)) for s in range(4)], "aabb", 0.3)
+    assert (together > alike).all()
 
 
 def test_a_gene_of_one_patient_has_normal_half_widths():
     fitted = [_slide(0, 0.0), _slide(1, 0.0)._replace(measured=np.array([False]))]
-    half = _half_widths(fitted, ["a", "b"], _Choice(1e-3, 0.0, np.array([0.2])))[:, 0]
+    half = _widths(fitted, "ab", 0.2)
     assert half[5] == pytest.approx(1.645 * 0.2, rel=1e-3)
