@@ -1,13 +1,17 @@
-"""Published methods that are trained on each section, run on request where they are installed."""
+"""Published methods that learn from each section, run on request where they are installed."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from stalign.benchmark._section import Section
 
 
@@ -34,7 +38,6 @@ def graphst(section: Section, n_domains: int, seed: int, *, epochs: int = GRAPHS
     """
     import torch
 
-    from stalign._keys import Key
     from stalign.benchmark._features import components
     from stalign.benchmark._methods import tied_mixture
 
@@ -42,19 +45,69 @@ def graphst(section: Section, n_domains: int, seed: int, *, epochs: int = GRAPHS
         from GraphST.GraphST import GraphST  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError(f"The method 'graphst' needs GraphST: `pip install graphst-modern` ({error}).") from error
+    adata = _bare(section)
+    trained = GraphST(adata, device=torch.device("cpu"), epochs=epochs, random_seed=seed).train()
+    return tied_mixture(components(np.asarray(trained.obsm["emb"]), 20), n_domains, seed)
+
+
+BANKSY_NEIGHBOURS: Final = 18
+BANKSY_LAMBDA: Final = 0.2
+BANKSY_GENES: Final = 2000
+
+
+def banksy(section: Section, n_domains: int, seed: int) -> np.ndarray:
+    """(n,) domains of BANKSY (Singhal et al., Nat Genet 56:431, 2024) with its authors' settings for Visium.
+
+    Log-normalised expression of 2,000 variable genes, its mean and azimuthal Gabor filter over 18 neighbours with a
+    weight (lambda) of 0.2, 20 components, a Gaussian mixture with one covariance in place of mclust.
+
+    Raises
+    ------
+    ImportError
+        If BANKSY is not installed.
+    """
+    import scanpy as sc
+
+    from stalign._keys import Key
+    from stalign.benchmark._features import components
+    from stalign.benchmark._methods import tied_mixture
+
+    try:
+        from banksy.embed_banksy import generate_banksy_matrix  # type: ignore[import-not-found]
+        from banksy.initialize_banksy import initialize_banksy  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImportError(f"The method 'banksy' needs BANKSY: `pip install pybanksy` ({error}).") from error
+    adata = _bare(section)
+    sc.pp.filter_genes(adata, min_cells=1)
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    if adata.n_vars > BANKSY_GENES:
+        sc.pp.highly_variable_genes(adata, n_top_genes=BANKSY_GENES)
+        adata = adata[:, adata.var["highly_variable"]].copy()
+    adata.obs["x"], adata.obs["y"] = adata.obsm[Key.obsm.SPATIAL].T
+    plots = dict.fromkeys(("plt_edge_hist", "plt_nbr_weights", "plt_agf_angles", "plt_theta"), False)
+    with redirect_stdout(io.StringIO()):  # its progress, and the names of all genes
+        graphs = initialize_banksy(adata, ("x", "y", Key.obsm.SPATIAL), BANKSY_NEIGHBOURS, **plots)
+        _, matrix = generate_banksy_matrix(adata, graphs, [BANKSY_LAMBDA], max_m=1, verbose=False)
+    return tied_mixture(components(np.asarray(matrix.X), 20), n_domains, seed)
+
+
+def _bare(section: Section) -> AnnData:
+    """Counts, names and coordinates: a peer may write into it."""
     from anndata import AnnData
 
-    adata = AnnData(
+    from stalign._keys import Key
+
+    return AnnData(
         section.adata.X.copy(),
         obs=section.adata.obs[[]].copy(),
         var=section.adata.var[[]].copy(),
         obsm={Key.obsm.SPATIAL: section.coordinates},
     )
-    trained = GraphST(adata, device=torch.device("cpu"), epochs=epochs, random_seed=seed).train()
-    return tied_mixture(components(np.asarray(trained.obsm["emb"]), 20), n_domains, seed)
 
 
 PEERS: Final[dict[str, Peer]] = {
-    "graphst": Peer("GraphST, trained on the section, PCA(20), Gaussian mixture with one covariance", graphst)
+    "graphst": Peer("GraphST, trained on the section, PCA(20), Gaussian mixture with one covariance", graphst),
+    "banksy": Peer("BANKSY (18 neighbours, lambda 0.2), PCA(20), Gaussian mixture with one covariance", banksy),
 }
 """By name; they run only when they are asked for."""

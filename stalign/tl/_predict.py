@@ -96,7 +96,8 @@ def predict_expression(
     """Predict expression from the histology of spots and niches.
 
     - ``"head"``: the model's own head, trained with it; no reference is needed. What it says of a spot is averaged with
-      what it says over the spot's niche, in the share that was best on training patients left out.
+      what it says over the spot's niche, in the share that was best on training patients left out. A head of few
+      training patients may be confined to a few programmes of genes that vary together, as that of ``stalign-mini`` is.
     - ``"retrieval"``: the mean of the ``k`` reference spots whose gene side is nearest to the spot's image side,
       weighted by a softmax of their cosines (Xie et al., BLEEP, NeurIPS 2023).
     - ``"ridge"``: ridge regression from the reference's image side to its expression; the penalty is chosen by

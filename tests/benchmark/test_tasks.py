@@ -158,15 +158,25 @@ def test_every_method_is_described():
     assert all(METHODS.values())
 
 
-def test_peers_run_only_when_asked_for(sections, mini, monkeypatch):
+@pytest.mark.parametrize(
+    ("peer", "module", "package"),
+    [("graphst", "GraphST.GraphST", "graphst-modern"), ("banksy", "banksy.embed_banksy", "pybanksy")],
+)
+def test_peers_run_only_when_asked_for(peer, module, package, sections, mini, monkeypatch):
     import sys
 
-    from stalign.benchmark._peers import PEERS
+    assert not wanted(peer, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        domains(sections[0], model=mini, seeds=[0], methods=[peer])
 
-    assert not any(wanted(name, None) for name in PEERS)
-    monkeypatch.setitem(sys.modules, "GraphST.GraphST", None)
-    with pytest.raises(ImportError, match="pip install graphst-modern"):
-        domains(sections[0], model=mini, seeds=[0], methods=["graphst"])
+
+def test_banksy_finds_the_domains(sections, mini):
+    pytest.importorskip("banksy", reason="a peer: pip install pybanksy")
+    before = sections[0].adata.X.copy()
+    rows = domains(sections[0], model=mini, seeds=[0], methods=["banksy"])
+    assert next(row.value for row in rows if row.metric == "ARI") > 0.5
+    assert (before != sections[0].adata.X).nnz == 0
 
 
 # --- genes and retrieval -----------------------------------------------------------------------------------------
