@@ -29,8 +29,9 @@ _MIN_DETECTED = 0.05
 _MIN_PATIENTS = 2
 
 
-# Genes that stand for all where penalty, programmes and share of the niche are chosen.
-_CHOICE_GENES = 600
+# Penalty, programmes and share of the niche are chosen by as many genes, those that vary most. The others are mostly
+# noise, which is predicted best by predicting nothing.
+_CHOICE_GENES = 300
 # Shares of the niche's mean in a prediction that are tried.
 _NICHE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -288,7 +289,7 @@ def _confine(weight: np.ndarray, programmes: Programmes | None, n: int) -> np.nd
 def _choose(folds: Sequence[_Fold], config: PredictionFitConfig) -> _Choice:
     """Return what has the least squared error on what is left out in turn."""
     numbers = config.programmes if all(fold.programmes is not None for fold in folds) else [0]
-    genes = spread_rows(len(folds[0].held[0].measured), _CHOICE_GENES)
+    genes = _most_variable(folds, _CHOICE_GENES)
     held = [[part.of_genes(genes) for part in fold.held] for fold in folds]
     moments = {share: [[_moments(part, share) for part in parts] for parts in held] for share in _NICHE_SHARES}
     best, least = _Choice(0.0, 0.0, 0), np.inf
@@ -301,6 +302,12 @@ def _choose(folds: Sequence[_Fold], config: PredictionFitConfig) -> _Choice:
                 if error < least:
                     best, least = _Choice(float(penalty), share, number), error
     return best
+
+
+def _most_variable(folds: Sequence[_Fold], n: int) -> np.ndarray:
+    parts = [part for fold in folds for part in fold.held]
+    variance = _pooled_mean([part.expression.var(axis=0) for part in parts], parts)
+    return np.argsort(-variance, kind="stable")[:n]
 
 
 def _spread(folds: Sequence[_Fold], choice: _Choice) -> np.ndarray:

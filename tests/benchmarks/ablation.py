@@ -33,7 +33,7 @@ from stalign.models.encoders._slide_profile import STEPS, autocorrelation
 from stalign.pp._prepare import prepare_config
 from stalign.train import _alignment, _prediction
 from stalign.train._alignment import fit_alignment
-from stalign.train._config import PretrainConfig
+from stalign.train._config import PredictionFitConfig, PretrainConfig
 from stalign.train._data import EncodedSection
 from stalign.train._evaluate import embed_section, recall_at
 from stalign.train._features import encode_sections
@@ -116,6 +116,11 @@ CLOSED: dict[str, tuple[dict[str, object], Variant, bool]] = {
     "image sides as the contrast left them": ({}, {"alignment": {"enabled": False}}, True),
     "image sides with the penalty on the tokens": ({"_linear_tokens": lambda *_: None}, {}, True),
     "head: each gene for itself": ({}, {"prediction": {"programmes": [0]}}, True),
+    "head: number of programmes by squared error": (
+        {},
+        {"prediction": {"programmes": PredictionFitConfig().programmes}},
+        True,
+    ),
     "head: programmes of sections with an image alone": ({}, {}, False),
     "head: no average over the niche": ({"_NICHE_SHARES": (0.0,)}, {}, True),
 }

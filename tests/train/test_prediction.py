@@ -164,3 +164,18 @@ class TestProgrammes:
             _prediction._half_widths(folds, _Choice(0.01, 0.0, number), np.full(40, 0.5)).mean() for number in (0, 1)
         ]
         assert half[1] < half[0]
+
+
+def test_what_is_chosen_suits_the_genes_that_vary(monkeypatch):
+    # Two hundred genes of noise, and one that follows the first feature: alone it says that the penalty is small.
+    monkeypatch.setattr(_prediction, "_CHOICE_GENES", 1)
+    rng = np.random.default_rng(0)
+    parts = []
+    for _ in range(3):
+        features = rng.normal(size=(60, 8))
+        expression = np.column_stack([rng.normal(size=(60, 200)), 3 * features[:, 0]])
+        parts.append(_Fitted(features, features, expression, np.ones(201, dtype=bool)))
+    assert choose(parts, "ABC", [1e-3, 1e3])[0].penalty == 1e-3
+    monkeypatch.setattr(_prediction, "_CHOICE_GENES", 201)
+    noise = [part.of_genes(np.arange(200)) for part in parts]
+    assert choose(noise, "ABC", [1e-3, 1e3])[0].penalty == 1e3
