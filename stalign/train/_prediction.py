@@ -28,7 +28,6 @@ _MIN_DETECTED = 0.05
 # … in sections of at least this many patients, fewer where fewer patients have an image.
 _MIN_PATIENTS = 2
 
-
 # Penalty, programmes and share of the niche are chosen by as many genes, those that vary most. The others are mostly
 # noise, which is predicted best by predicting nothing.
 _CHOICE_GENES = 300
@@ -288,7 +287,9 @@ def _confine(weight: np.ndarray, programmes: Programmes | None, n: int) -> np.nd
 
 def _choose(folds: Sequence[_Fold], config: PredictionFitConfig) -> _Choice:
     """Return what has the least squared error on what is left out in turn."""
-    numbers = config.programmes if all(fold.programmes is not None for fold in folds) else [0]
+    # Without another patient's programmes nothing can be tried: the least that was asked for.
+    testable = all(fold.programmes is not None for fold in folds)
+    numbers = config.programmes if testable else [min(config.programmes)]
     genes = _most_variable(folds, _CHOICE_GENES)
     held = [[part.of_genes(genes) for part in fold.held] for fold in folds]
     moments = {share: [[_moments(part, share) for part in parts] for parts in held] for share in _NICHE_SHARES}

@@ -155,6 +155,9 @@ class TestProgrammes:
     def test_a_single_patient_is_no_test_of_its_own_programmes(self):
         config = PredictionFitConfig(penalties=[0.1], programmes=[0, 1])
         assert _choose(self.folds("AA"), config).n_programmes == 0
+        # A number that was asked for is taken.
+        asked = PredictionFitConfig(penalties=[0.1], programmes=[1])
+        assert _choose(self.folds("AA"), asked).n_programmes == 1
         # Counts of another patient, without an image, are.
         assert _choose(self.folds("AA", extra="B"), config).n_programmes == 1
 
@@ -164,6 +167,28 @@ class TestProgrammes:
             _prediction._half_widths(folds, _Choice(0.01, 0.0, number), np.full(40, 0.5)).mean() for number in (0, 1)
         ]
         assert half[1] < half[0]
+
+
+@pytest.mark.parametrize("patients", [["a", "b", "b"], ["a", "a", "a"]])
+def test_head_of_few_programmes(sections, patients):
+    from dataclasses import replace
+
+    from stalign import models
+    from stalign.train._features import encode_sections
+
+    from .conftest import GENES
+
+    model = models.STAlign(models.config("mini"), genes=GENES)
+    renamed = [replace(s, patient=patient) for s, patient in zip(sections, patients, strict=True)]
+    encoded = encode_sections(model, renamed, n_clusters=2, seed=0)
+    config = PredictionFitConfig(n_genes=20, programmes=[2])
+    head = _prediction.fit_prediction(model, encoded, config).prediction
+    weight = (head.net.weight.detach().double() * head.scale[:, None]).numpy()
+    assert np.linalg.matrix_rank(weight, tol=1e-5 * np.linalg.norm(weight)) == 2
+    with pytest.raises(ValueError, match="programmes is empty"):
+        PredictionFitConfig(programmes=[])
+    with pytest.raises(ValueError, match="programmes must be an integer >= 0, got -1"):
+        PredictionFitConfig(programmes=[0, -1])
 
 
 def test_what_is_chosen_suits_the_genes_that_vary(monkeypatch):
