@@ -134,6 +134,8 @@ def expression(
     ------
     KeyError
         If the gene was not predicted.
+    TypeError
+        If ``gene`` is no name.
 
     Examples
     --------
@@ -141,6 +143,8 @@ def expression(
     >>> sta.pl.expression(adata, "ERBB2")  # doctest: +SKIP
     """
     check_adata(adata)
+    if not isinstance(gene, str):
+        raise TypeError(f"gene must be the name of one gene, got {gene!r}. Call pl.expression once for each gene.")
     predicted = predicted_values(adata, gene, predicted_key)
     measured, measured_units = None, ""
     if gene in adata.var_names:

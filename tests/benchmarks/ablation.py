@@ -424,7 +424,7 @@ def to_markdown(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
         # Slides of one seed first, so that the spread is that over seeds.
         by_seed = rows.groupby(["method", "metric", "seed"], sort=False)["value"].mean()
         cells = by_seed.groupby(level=[0, 1], sort=False).agg(["mean", "std"])
-        wide = cells.apply(lambda r: f"{r['mean']:.3f} ({r['std']:.3f})", axis=1).unstack("metric")
+        wide = cells.apply(lambda r: f"{r['mean']:.3f} ({r['std']:.3f})", axis=1).unstack("metric").fillna("")
         wide = wide.loc[list(dict.fromkeys(rows["method"])), list(dict.fromkeys(rows["metric"]))]
         header = "| | " + " | ".join(wide.columns) + " |\n|---|" + "---|" * len(wide.columns)
         lines = [

@@ -159,6 +159,8 @@ def test_expression(adata):
     assert [ax.get_title() for ax in sta.pl.expression(adata, "MKI67")] == ["MKI67 predicted"]
     with pytest.raises(KeyError, match=r"'ERBB3' was not predicted.*Did you mean 'ERBB2'"):
         sta.pl.expression(adata, "ERBB3")
+    with pytest.raises(TypeError, match=r"one gene, got \['ERBB2', 'MKI67'\]. Call pl.expression once"):
+        sta.pl.expression(adata, ["ERBB2", "MKI67"])
 
 
 def test_expression_from_a_layer(adata):
