@@ -38,16 +38,13 @@ def graphst(section: Section, n_domains: int, seed: int, *, epochs: int = GRAPHS
     """
     import torch
 
-    from stalign.benchmark._features import components
-    from stalign.benchmark._methods import tied_mixture
-
     try:
         from GraphST.GraphST import GraphST  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError(f"The method 'graphst' needs GraphST: `pip install graphst-modern` ({error}).") from error
     adata = _bare(section)
     trained = GraphST(adata, device=torch.device("cpu"), epochs=epochs, random_seed=seed).train()
-    return tied_mixture(components(np.asarray(trained.obsm["emb"]), 20), n_domains, seed)
+    return _divide(trained.obsm["emb"], n_domains, seed)
 
 
 BANKSY_NEIGHBOURS: Final = 18
@@ -56,10 +53,11 @@ BANKSY_GENES: Final = 2000
 
 
 def banksy(section: Section, n_domains: int, seed: int) -> np.ndarray:
-    """(n,) domains of BANKSY (Singhal et al., Nat Genet 56:431, 2024) with its authors' settings for Visium.
+    """(n,) domains of BANKSY (Singhal et al., Nat Genet 56:431, 2024), by its own package.
 
     Log-normalised expression of 2,000 variable genes, its mean and azimuthal Gabor filter over 18 neighbours with a
-    weight (lambda) of 0.2, 20 components, a Gaussian mixture with one covariance in place of mclust.
+    weight (lambda) of 0.2, 20 components, a Gaussian mixture with one covariance. These settings are ours: one for all
+    sections, not tuned on any.
 
     Raises
     ------
@@ -69,8 +67,6 @@ def banksy(section: Section, n_domains: int, seed: int) -> np.ndarray:
     import scanpy as sc
 
     from stalign._keys import Key
-    from stalign.benchmark._features import components
-    from stalign.benchmark._methods import tied_mixture
 
     try:
         from banksy.embed_banksy import generate_banksy_matrix  # type: ignore[import-not-found]
@@ -89,7 +85,14 @@ def banksy(section: Section, n_domains: int, seed: int) -> np.ndarray:
     with redirect_stdout(io.StringIO()):  # its progress, and the names of all genes
         graphs = initialize_banksy(adata, ("x", "y", Key.obsm.SPATIAL), BANKSY_NEIGHBOURS, **plots)
         _, matrix = generate_banksy_matrix(adata, graphs, [BANKSY_LAMBDA], max_m=1, verbose=False)
-    return tied_mixture(components(np.asarray(matrix.X), 20), n_domains, seed)
+    return _divide(matrix.X, n_domains, seed)
+
+
+def _divide(embedding: np.ndarray, n_domains: int, seed: int) -> np.ndarray:
+    from stalign.benchmark._features import components
+    from stalign.benchmark._methods import tied_mixture
+
+    return tied_mixture(components(np.asarray(embedding), 20), n_domains, seed)
 
 
 def _bare(section: Section) -> AnnData:

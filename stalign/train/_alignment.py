@@ -76,8 +76,10 @@ def fit_alignment(model: STAlign, sections: Sequence[EncodedSection], config: Al
             cast("ProjectionHead", model.heads[f"{scale}_gene"]).start_at_zero()
     pairs = [[_pair(model, section, scale, config.max_spots) for scale in scales] for section in imaged]
     penalty = _choose_penalty(pairs, [section.section.patient for section in imaged], config.penalties)
-    for number, (scale, layer, fitted) in enumerate(zip(scales, heads, _fit(pairs, penalty), strict=True)):
-        fitted = _as_long_as_target(fitted, [pair[number] for pair in pairs])
+    for scale, layer, found, of_scale in zip(
+        scales, heads, _fit(pairs, penalty), zip(*pairs, strict=True), strict=True
+    ):
+        fitted = _as_long_as_target(found, of_scale)
         weight, bias = fitted.weight, -fitted.centre @ fitted.weight
         tokens = _linear_tokens(model, scale)
         if tokens is not None:

@@ -44,9 +44,10 @@ def test_confined_weights_keep_what_lies_in_the_programmes_and_nothing_else(wave
     assert np.linalg.matrix_rank(programmes.confine(np.random.default_rng(0).normal(size=(6, 6)), 1)) == 1
 
 
-def test_niche_means_show_what_single_spots_hide(waves):
+@pytest.mark.parametrize("seed", range(5))
+def test_niche_means_show_what_single_spots_hide(waves, seed):
     # What every gene of a spot shares, from one spot to the next: no pattern over tissue.
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     expression = slide(np.column_stack([waves, 2 * rng.normal(size=90)]), np.vstack([LOADINGS, np.ones(6)]))
     expected = np.sign(LOADINGS[:1]) / np.sqrt(3)
 
@@ -54,8 +55,7 @@ def test_niche_means_show_what_single_spots_hide(waves):
         programmes = find_programmes([coexpression(expression, graph)], ["A"], 1)
         return abs(float((expected @ programmes.loadings)[0, 0]))
 
-    assert found(sp.identity(90, format="csr")) < 0.8
-    assert found(ring(90) ** 6) > 0.9
+    assert found(ring(90) ** 6) > found(sp.identity(90, format="csr")) + 0.05
 
 
 def test_near_replicates_count_as_one_patient(waves):
